@@ -1,0 +1,16 @@
+"""Builds the extension; everything else about the package is in pyproject.toml."""
+
+import os
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+# DISKREAD_CFLAGS/DISKREAD_LDFLAGS add to the build: the sanitizer build of the tests uses them.
+extension = Extension(
+    "diskread._syscalls",
+    ["src/diskread/_syscalls.pyx"],
+    extra_compile_args=["-O2", "-Wall", "-Wextra", *os.environ.get("DISKREAD_CFLAGS", "").split()],
+    extra_link_args=os.environ.get("DISKREAD_LDFLAGS", "").split(),
+)
+
+setup(ext_modules=cythonize([extension], compiler_directives={"language_level": 3}))

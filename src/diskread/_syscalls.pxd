@@ -1,0 +1,45 @@
+"""The C side of a visit to the disk: what an engine needs to run it without Python."""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+
+# Everything that one visit to the disk needs and everything that it found out. The part above the line is written
+# before the visit starts and only read by it; the part below is written by the visit alone. `abandoned` is the one
+# field that two threads may touch at the same time: it is only ever accessed atomically.
+cdef struct Visit:
+    const char *root        # directory to open when root_fd is -1, or NULL
+    int root_fd             # directory that path is resolved under, or -1
+    const char *path        # file to open under root_fd, or NULL
+    int descriptor          # open descriptor to use, or -1; afterwards: what is still open, or -1
+    int borrowed            # the descriptor belongs to somebody else: never close it
+    int close_mode          # see CloseMode in the .pyx
+    char *buffer            # room for `size` bytes, owned by the Job
+    size_t size
+    int64_t offset
+    int64_t stall_ns
+    int abandoned           # atomic
+    # ------------------------------------------------------------------
+    int opened_root         # the descriptor of `root`, when this visit opened it, or -1
+    int error               # errno, or 0
+    int close_error         # errno of close(2), or 0
+    int step                # the step that failed, see Step in the .pyx
+    int has_stat
+    uint32_t mode
+    uint64_t device
+    uint64_t inode
+    int64_t file_size
+    int64_t mtime_ns
+    size_t count            # bytes read
+    int64_t started_ns      # CLOCK_MONOTONIC
+    int64_t finished_ns
+
+
+cdef void visit_disk(Visit *visit) noexcept nogil
+
+
+cdef class Job:
+    cdef Visit visit
+    cdef int _state
+    cdef bytes _root
+    cdef bytes _path
+    cdef bytes _buffer

@@ -1,0 +1,632 @@
+"""Disks and their files: what callers use. Every read, open, stat and close runs on the disk's own slots."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import gevent
+
+from ._syscalls import CloseMode, Job
+from .errors import DiskBusy, DiskFileChanged, DiskPathInvalid, DiskTimeout, from_errno
+from .limits import Limits, check_deadline
+from .workers import Load, Workers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+Result = TypeVar("Result")
+
+FIRST_CHUNK = 64 * 1024
+"""Bytes that are read in the same visit that opens a file: enough for most small files, cheap when not needed."""
+
+CHUNK = 256 * 1024
+"""Bytes of one chunk of a stream: large enough to make the hop to a thread cheap, small enough to hold two."""
+
+CLOCK = time.monotonic
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """What is known of an open file.
+
+    Attributes:
+        size: Bytes.
+        mtime_ns: Time of the last modification, nanoseconds since 1970.
+        inode: Inode number.
+        device: Device number (`st_dev`).
+    """
+
+    size: int
+    mtime_ns: int
+    inode: int
+    device: int
+
+
+@dataclass(frozen=True)
+class StallTimes:
+    """How long a simulated stall really took.
+
+    Attributes:
+        queue: Seconds between the call and the start of the stall in its thread.
+        disk: Seconds of the stall itself and of the read after it.
+    """
+
+    queue: float
+    disk: float
+
+
+@dataclass
+class Counts:
+    """What a disk has done since the process started.
+
+    Attributes:
+        reads: Visits to the disk that brought what they were asked for.
+        bytes: Bytes that were handed to callers.
+        errors: Visits that failed, by the name of their errno.
+        timeouts: Reads that missed their deadline.
+        rejections: Reads that were refused at once.
+        abandoned: Reads whose caller went away before the end (killed, or its own timeout).
+    """
+
+    reads: int = 0
+    bytes: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    timeouts: int = 0
+    rejections: int = 0
+    abandoned: int = 0
+
+
+@dataclass(frozen=True)
+class DiskStatus:
+    """A disk at one moment.
+
+    Attributes:
+        name: Its name.
+        root: Its root directory, None for a disk without files.
+        limits: Its limits.
+        load: What it is doing now.
+        counts: What it has done so far.
+    """
+
+    name: str
+    root: str | None
+    limits: Limits
+    load: Load
+    counts: Counts
+
+
+class _Call:
+    """Any blocking call, dressed as a task: the outcome is kept as a value, whatever it is."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self._abandoned = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        if self._abandoned:
+            return
+        try:
+            self.result = self._function()
+        except BaseException as error:  # noqa: BLE001 - it is raised again where the caller waits
+            self.error = error
+
+    def abandon(self) -> None:
+        self._abandoned = True
+
+    def take_descriptor(self) -> int:
+        return -1
+
+
+class Disk:
+    """One directory tree on one device, with slots of its own.
+
+    However long the device hangs, a call on this disk ends at its deadline, blocks no greenlet but its own, and uses
+    up no more than `limits.threads` native threads. Calls on other disks are not affected.
+
+    A disk belongs to the native thread that uses it first, because its hub waits for it. After fork(2) the child
+    gets slots of its own.
+
+    All methods that read take a `deadline` in seconds from now, waiting for a slot included (None: that of the
+    limits), block the calling greenlet but never the hub, and raise:
+
+    * `DiskBusy` at once when no slot is free and the queue is full, or all slots are stuck;
+    * `DiskTimeout` when the deadline passes;
+    * `DiskFileNotFound`, `DiskFileForbidden`, `DiskFileNotRegular`, `DiskPathInvalid` for what the path names;
+    * `DiskIOError` for what the device answers;
+    * `ValueError` for a negative or overflowing number;
+    * `RuntimeError` after `close`, in the hub itself, or in another native thread.
+
+    A greenlet that is killed or runs into its own gevent.Timeout leaves at once; the system call that it waited for
+    ends when the kernel lets it, its slot is free then, and what it opened is closed.
+    """
+
+    def __init__(self, name: str, root: Path | None, limits: Limits | None = None) -> None:
+        """Describe a disk. Touches neither the device nor any thread: a dead disk does not delay its constructor.
+
+        Args:
+            name: Name, for errors, status and metrics.
+            root: The directory that all paths are relative to. It is opened on first use. None makes a disk without
+                files, on which only `stall` and `run` work.
+            limits: How much it may use up; `Limits()` when None.
+
+        Raises:
+            ValueError: An empty name, or a root with a NUL byte.
+        """
+        if not name:
+            raise ValueError("a disk needs a name")
+        self._root = None if root is None else os.path.abspath(os.fsencode(root))
+        if self._root is not None and b"\0" in self._root:
+            raise ValueError(f"the root directory of disk {name} contains a NUL byte")
+        self._name = name
+        self._limits = Limits() if limits is None else limits
+        self._workers = Workers(name, self._limits, CLOCK)
+        self._root_fd = -1
+        self._users_of_root = 0
+        self._closed = False
+        self._counts = Counts()
+
+    @property
+    def name(self) -> str:
+        """The name of the disk."""
+        return self._name
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of the disk."""
+        return self._limits
+
+    @property
+    def root(self) -> str | None:
+        """The root directory, None for a disk without files."""
+        return None if self._root is None else os.fsdecode(self._root)
+
+    def read(self, path: Path, offset: int = 0, size: int | None = None, *, deadline: float | None = None) -> bytes:
+        """Read a range of a file in one visit to the disk: open, fstat, pread and close in one thread hop.
+
+        Args:
+            path: The file, relative to the root. It may go through symbolic links that stay inside the root.
+            offset: First byte.
+            size: Bytes to read at most; None reads to the end of the file, for which a file larger than 64 KiB needs
+                a second visit.
+            deadline: Seconds for all of it.
+
+        Returns:
+            The bytes; fewer than `size` only where the file ends.
+
+        Raises:
+            DiskError: As the class says.
+        """
+        ends = self._ends(deadline)
+        if size is not None:
+            return self._take(self._visit_path(path, ends, offset=offset, size=size))
+        job = self._visit_path(path, ends, offset=offset, size=FIRST_CHUNK, close_mode=CloseMode.CLOSE_AT_EOF)
+        first = self._take(job)
+        descriptor = job.take_descriptor()
+        if descriptor < 0:
+            return first
+        assert job.stat is not None
+        offset += len(first)
+        rest = Job(descriptor=descriptor, offset=offset, size=max(0, job.stat[0] - offset))
+        self._run(rest, ends, self._checked_path(path))
+        self._check(rest, self._checked_path(path))
+        return first + self._take(rest)
+
+    def open(self, path: Path, *, offset: int = 0, size: int = FIRST_CHUNK, deadline: float | None = None) -> DiskFile:
+        """Open a file and read its first piece in the same visit.
+
+        Args:
+            path: The file, relative to the root.
+            offset: Where the first piece starts: the first byte that will be asked for.
+            size: Bytes of the first piece, 0 for none. With `offset` 0, a file that ends within it is closed by the
+                same visit: all of it is in memory then.
+            deadline: Seconds for the visit.
+
+        Returns:
+            The open file, to be closed by its `close` or a `with` block.
+
+        Raises:
+            DiskError: As the class says.
+        """
+        return self._open(path, self._ends(deadline), offset, size, 0.0)
+
+    def stat(self, path: Path, *, deadline: float | None = None) -> FileStat:
+        """Size and modification time of a regular file: open, fstat and close in one visit.
+
+        Args:
+            path: The file, relative to the root.
+            deadline: Seconds for the visit.
+
+        Raises:
+            DiskError: As the class says.
+        """
+        job = self._visit_path(path, self._ends(deadline))
+        assert job.stat is not None
+        self._counts.reads += 1
+        return FileStat(*job.stat)
+
+    def run(self, function: Callable[..., Result], *args: Any, deadline: float | None = None, **kwargs: Any) -> Result:
+        """Run any other blocking call (os.listdir, os.fsync, a write) on the disk's slots, with the same promises.
+
+        The function runs in a native thread: it must not use gevent, and it should release the GIL while it blocks,
+        as the functions of `os` do. When its caller gives up it goes on to its end; the result is lost then, so it
+        should not open what has to be closed.
+
+        Args:
+            function: What to call with the other arguments.
+            deadline: Seconds for all of it.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            DiskBusy: As the class says.
+            DiskTimeout: As the class says.
+            Exception: Whatever the function raises.
+        """
+        call = _Call(lambda: function(*args, **kwargs))
+        self._run(call, self._ends(deadline), None)
+        if call.error is not None:
+            raise call.error
+        self._counts.reads += 1
+        result: Result = call.result
+        return result
+
+    def stall(
+        self,
+        seconds: float,
+        path: Path | None = None,
+        *,
+        longest_wait: float = math.inf,
+        deadline: float | None = None,
+    ) -> StallTimes:
+        """Occupy a slot for a time, as a hanging disk would, then read a file (to be thrown away) for real.
+
+        For experiments: whoever can call this can use up all slots.
+
+        Args:
+            seconds: How long the system call hangs (nanosleep).
+            path: File to read afterwards, from its beginning to its end; None for none.
+            longest_wait: Seconds to wait for a slot at most.
+            deadline: Seconds for all of it, the simulated stall included.
+
+        Returns:
+            How long the stall had to wait and how long it took.
+
+        Raises:
+            DiskError: As the class says.
+        """
+        called = CLOCK()
+        ends = self._ends(deadline)
+        if path is None:
+            job = Job(stall_ns=_nanoseconds(seconds))
+            self._run(job, ends, None, longest_wait=longest_wait)
+            self._check(job, None)
+            self._counts.reads += 1
+            return StallTimes(job.started_ns / 1e9 - called, (job.finished_ns - job.started_ns) / 1e9)
+        with self._open(path, ends, 0, FIRST_CHUNK, seconds, longest_wait) as opened:
+            for _ in opened._chunks(0, opened.stat.size, lambda: ends):
+                pass
+            queue = opened._started - called
+            return StallTimes(queue, CLOCK() - called - queue)
+
+    @property
+    def status(self) -> DiskStatus:
+        """The disk at this moment. Never touches the device."""
+        return DiskStatus(self._name, self.root, self._limits, self._workers.load, self._counts)
+
+    def close(self) -> None:
+        """Let threads and descriptors go; what is stuck goes when the kernel lets it. Never blocks."""
+        if not self._closed:
+            self._closed = True
+            self._workers.close()
+            self._close_unused_root()
+
+    def __enter__(self) -> Disk:
+        """Return the disk itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the disk."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Name and root."""
+        return f"<Disk {self._name} at {self.root}>"
+
+    # -- how a visit goes --------------------------------------------------------------------------------------------
+
+    def _ends(self, deadline: float | None) -> float:
+        return CLOCK() + (self._limits.deadline if deadline is None else check_deadline(deadline))
+
+    def _open(
+        self, path: Path, ends: float, offset: int, size: int, stall: float, longest_wait: float = math.inf
+    ) -> DiskFile:
+        job = self._visit_path(
+            path,
+            ends,
+            offset=offset,
+            size=size,
+            stall_ns=_nanoseconds(stall),
+            close_mode=CloseMode.CLOSE_AT_EOF if offset == 0 and size > 0 else CloseMode.CLOSE_NEVER,
+            longest_wait=longest_wait,
+        )
+        return DiskFile(self, self._checked_path(path), job, offset)
+
+    def _visit_path(
+        self,
+        path: Path,
+        ends: float,
+        *,
+        offset: int = 0,
+        size: int = 0,
+        stall_ns: int = 0,
+        close_mode: int = CloseMode.CLOSE_ALWAYS,
+        longest_wait: float = math.inf,
+    ) -> Job:
+        """Open a file under the root in a visit, and see to it that the root stays open for the next."""
+        name = self._checked_path(path)
+        assert self._root is not None
+        job = Job(
+            root=self._root,
+            root_fd=self._root_fd,
+            path=name,
+            offset=offset,
+            size=size,
+            stall_ns=stall_ns,
+            close_mode=close_mode,
+        )
+        self._users_of_root += 1
+        self._run(job, ends, name, longest_wait=longest_wait, on_completed=self._root_unused)
+        if self._root_fd < 0 and not self._closed:
+            self._root_fd = job.take_root()
+        self._check(job, name)
+        return job
+
+    def _root_unused(self) -> None:
+        self._users_of_root -= 1
+        if self._closed:
+            self._close_unused_root()
+
+    def _close_unused_root(self) -> None:
+        # A job that has not started yet knows the root by its number, which must not be given to another file
+        # meanwhile. Closing an O_PATH descriptor does not reach the device (open(2)), so it cannot hang.
+        if not self._users_of_root and self._root_fd >= 0:
+            descriptor, self._root_fd = self._root_fd, -1
+            os.close(descriptor)
+
+    def _checked_path(self, path: Path) -> bytes:
+        name = os.fsencode(path)
+        if self._root is None:
+            raise DiskPathInvalid(self._name, name, "this disk has no files")
+        if not name:
+            raise DiskPathInvalid(self._name, name, "the path is empty")
+        if name.startswith(b"/"):
+            raise DiskPathInvalid(self._name, name, "the path is absolute; give it relative to the root of the disk")
+        if b"\0" in name:
+            raise DiskPathInvalid(self._name, name, "the path contains a NUL byte")
+        return name
+
+    def _run(
+        self,
+        task: Job | _Call,
+        ends: float,
+        path: bytes | None,
+        *,
+        longest_wait: float = math.inf,
+        on_completed: Callable[[], None] | None = None,
+    ) -> None:
+        try:
+            self._workers.run(task, ends, path=path, longest_wait=longest_wait, on_completed=on_completed)
+        except DiskTimeout:
+            self._counts.timeouts += 1
+            raise
+        except DiskBusy:
+            self._counts.rejections += 1
+            raise
+        except (RuntimeError, ValueError):
+            raise
+        except BaseException:
+            self._counts.abandoned += 1
+            raise
+
+    def _check(self, job: Job, path: bytes | None) -> None:
+        if job.error:
+            error = from_errno(self._name, path, job.error, job.step)
+            self._counts.errors[_errno_name(job.error)] += 1
+            raise error
+
+    def _take(self, job: Job) -> bytes:
+        data = job.take_data()
+        self._counts.reads += 1
+        self._counts.bytes += len(data)
+        return data
+
+
+class DiskFile:
+    """An open file of a disk. Made by `Disk.open`; close it with `close` or a `with` block.
+
+    Its methods block the calling greenlet, never the hub, and raise what `Disk` says. A call that misses its deadline
+    leaves the file open: the next one may succeed.
+    """
+
+    def __init__(self, disk: Disk, path: bytes, job: Job, offset: int) -> None:
+        """For `Disk.open` only: take over what its job has opened and read."""
+        assert job.stat is not None
+        self._disk = disk
+        self._path = path
+        self._stat = FileStat(*job.stat)
+        self._started = job.started_ns / 1e9
+        self._first_offset = offset
+        self._first = disk._take(job)
+        self._descriptor = job.take_descriptor()
+        self._in_flight = 0
+        self._closed = False
+
+    @property
+    def stat(self) -> FileStat:
+        """Size and modification time when the file was opened. Does not touch the device."""
+        return self._stat
+
+    def read(self, offset: int = 0, size: int | None = None, *, deadline: float | None = None) -> bytes:
+        """Read a range.
+
+        Args:
+            offset: First byte.
+            size: Bytes at most; None reads to the end that the file had when it was opened.
+            deadline: Seconds for it; None: that of the disk's limits.
+
+        Returns:
+            The bytes; fewer than `size` only where the file ends.
+
+        Raises:
+            DiskError: As `Disk` says.
+            ValueError: A negative number, or the file was closed.
+        """
+        return self._read(offset, self._stat.size - offset if size is None else size, self._disk._ends(deadline))
+
+    def chunks(self, start: int = 0, stop: int | None = None, *, deadline: float | None = None) -> Iterator[bytes]:
+        """Stream a range. While the caller works on one chunk, the next one is being read.
+
+        Args:
+            start: First byte.
+            stop: The byte after the last; None or anything beyond the end means the end that the file had when it was
+                opened.
+            deadline: Seconds for each chunk (not for the whole: the caller may be slow, the disk may not).
+
+        Yields:
+            Chunks of at most 256 KiB, in order.
+
+        Raises:
+            DiskFileChanged: The file has become shorter than `stop` meanwhile.
+            DiskError: As `Disk` says.
+            ValueError: A negative start, or the file was closed.
+        """
+        stop = self._stat.size if stop is None else min(stop, self._stat.size)
+        return self._chunks(start, stop, lambda: self._disk._ends(deadline))
+
+    def close(self) -> None:
+        """Close the file in a worker as soon as nothing reads from it any more. Never blocks."""
+        if not self._closed:
+            self._closed = True
+            self._close_unused()
+
+    def __enter__(self) -> DiskFile:
+        """Return the file itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        """Close the file when its last user forgot to."""
+        if not getattr(self, "_closed", True) and self._descriptor >= 0:
+            _warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        """Disk and path."""
+        return f"<DiskFile {self._disk.name}/{os.fsdecode(self._path)}>"
+
+    # -- how a read goes ---------------------------------------------------------------------------------------------
+
+    def _read(self, offset: int, size: int, ends: float) -> bytes:
+        if self._closed:
+            raise ValueError(f"{self!r} was closed")
+        if offset < 0 or size < 0:
+            raise ValueError(f"offset and size must not be negative, not {offset} and {size}")
+        in_memory = self._from_first(offset, size)
+        if in_memory is not None:
+            return in_memory
+        job = Job(
+            descriptor=self._descriptor,
+            borrowed=True,
+            offset=offset,
+            size=size,
+            close_mode=CloseMode.CLOSE_NEVER,
+        )
+        self._in_flight += 1
+        self._disk._run(job, ends, self._path, on_completed=self._returned)
+        self._disk._check(job, self._path)
+        return self._disk._take(job)
+
+    def _from_first(self, offset: int, size: int) -> bytes | None:
+        """The range, when the visit that opened the file has brought all of it, else None."""
+        start = offset - self._first_offset
+        if self._descriptor < 0 or (start >= 0 and start + size <= len(self._first)):
+            return self._first if (start, size) == (0, len(self._first)) else self._first[start : start + size]
+        return None
+
+    def _chunks(self, start: int, stop: int, ends: Callable[[], float]) -> Iterator[bytes]:
+        if start < 0:
+            raise ValueError(f"start must not be negative, not {start}")
+        begin = start - self._first_offset
+        if begin >= 0 and len(self._first) > begin and start < stop:
+            chunk: bytes | Exception = self._first[begin : begin + stop - start] if begin else self._first
+        else:
+            chunk = self._attempt(start, min(CHUNK, stop - start), ends())
+        ahead = None
+        try:
+            while start < stop:
+                if isinstance(chunk, Exception):
+                    raise chunk
+                if not chunk:
+                    raise DiskFileChanged(
+                        self._disk.name,
+                        self._path,
+                        f"the file ends at byte {start} now, it was to be read up to {stop}",
+                    )
+                chunk = chunk[: stop - start]
+                start += len(chunk)
+                if start < stop:
+                    ahead = gevent.spawn(self._attempt, start, min(CHUNK, stop - start), ends())
+                yield chunk
+                if ahead is not None:
+                    chunk, ahead = ahead.get(), None
+        finally:
+            if ahead is not None:
+                ahead.kill(block=False)
+
+    def _attempt(self, offset: int, size: int, ends: float) -> bytes | Exception:
+        """Read; an error is a result, because gevent reports what is raised in a greenlet even when it is awaited."""
+        try:
+            return self._read(offset, size, ends)
+        except Exception as error:  # noqa: BLE001 - raised again by whoever takes the chunk
+            return error
+
+    def _returned(self) -> None:
+        self._in_flight -= 1
+        if self._closed:
+            self._close_unused()
+
+    def _close_unused(self) -> None:
+        # A job that has not started yet knows the file by its number, which must not be given to another one.
+        if not self._in_flight:
+            descriptor, self._descriptor = self._descriptor, -1
+            self._disk._workers.close_descriptor(descriptor)
+
+
+def _nanoseconds(seconds: float) -> int:
+    if not 0 <= seconds <= 1e9:  # also refuses NaN
+        raise ValueError(f"a stall must last between 0 and a billion seconds, not {seconds}")
+    return int(seconds * 1e9)
+
+
+def _errno_name(code: int) -> str:
+    return errno.errorcode.get(code, str(code))

@@ -1,0 +1,308 @@
+"""Runs the jobs of one disk on gevent's threadpool: slots, a bounded queue, deadlines, abandoned jobs.
+
+The rules, each of which keeps a hung disk from using up more than its own share:
+
+* At most `threads` jobs are inside the kernel. A semaphore of slots stands in front of the pool, because the pool
+  itself would make its callers wait without a deadline, and would admit one more than its size
+  (`gevent.threadpool.ThreadPool.spawn`).
+* At most `queue` callers wait for a slot; one more is refused at once.
+* A slot is given back when the system call has returned, never when its caller gives up: otherwise each missed
+  deadline would add a thread for as long as the disk hangs.
+* Nobody ever waits for a stuck thread: not the hub, not a killed greenlet, not the end of the process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import gevent
+from gevent.lock import Semaphore
+from gevent.threadpool import ThreadPool
+
+from ._syscalls import Job
+from .errors import DiskBusy, DiskTimeout
+from .health import Health, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gevent.event import AsyncResult
+
+    from .limits import Limits
+
+
+class Task(Protocol):
+    """What workers can run: a `Job`, or any other blocking call dressed as one."""
+
+    def run(self) -> None:
+        """Do the work in a native thread.
+
+        Must not raise: gevent's threadpool prints a traceback for each exception in a worker, caught or not.
+        """
+
+    def abandon(self) -> None:
+        """Take note that nobody waits for the result. Called on the hub's thread; must not block."""
+
+    def take_descriptor(self) -> int:
+        """Hand over a descriptor that is open and that nobody else will close, or -1."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the workers of a disk are doing at one moment.
+
+    Attributes:
+        state: The verdict on the disk.
+        threads: Native threads, idle ones included.
+        in_flight: Operations inside the kernel: slots that are taken.
+        stuck: Those of them that nobody waits for any more.
+        waiting: Callers that wait for a slot.
+        oldest: Seconds that the oldest operation has been inside the kernel.
+    """
+
+    state: State = State.ONLINE
+    threads: int = 0
+    in_flight: int = 0
+    stuck: int = 0
+    waiting: int = 0
+    oldest: float = 0.0
+
+
+class _Visit:
+    """One task on its way: what the hub knows of it."""
+
+    __slots__ = ("abandoned", "completed", "on_completed", "path", "task")
+
+    def __init__(self, task: Task, path: bytes | None, on_completed: Callable[[], None] | None) -> None:
+        self.task = task
+        self.path = path
+        self.on_completed = on_completed
+        self.abandoned = False
+        self.completed = False
+
+
+class _Crew:
+    """The threads and slots of this process. Native threads do not survive fork(2): a child makes its own."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.process = os.getpid()
+        self.hub = gevent.get_hub()
+        self.pool = ThreadPool(limits.threads, self.hub, idle_task_timeout=limits.idle)  # type: ignore[arg-type]  # any number
+        self.slots = Semaphore(limits.threads, self.hub)
+        self.health = Health(limits.threads)
+        self.waiting = 0
+        self.to_close: deque[int] = deque()
+
+
+class Workers:
+    """The slots of one disk.
+
+    They belong to the hub (and so to the native thread) that uses them first; a forked child gets slots of its own on
+    first use. `run` blocks the calling greenlet; nothing here blocks the hub.
+    """
+
+    def __init__(self, name: str, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        """Prepare; no thread is started before there is work.
+
+        Args:
+            name: Name of the disk, for errors.
+            limits: Number of slots, length of the queue, idle time of the threads.
+            clock: Monotonic time in seconds; another one is for tests.
+        """
+        self._name = name
+        self._limits = limits
+        self._clock = clock
+        self._crew: _Crew | None = None
+        self._closed = False
+
+    def run(
+        self,
+        task: Task,
+        ends: float,
+        *,
+        path: bytes | None = None,
+        longest_wait: float = math.inf,
+        on_completed: Callable[[], None] | None = None,
+    ) -> None:
+        """Run a task in a native thread and wait for it until its deadline.
+
+        Args:
+            task: What to run.
+            ends: The deadline: the time on the workers' clock, in seconds, at which the caller gives up.
+            path: The file that it is about, for errors.
+            longest_wait: Seconds to wait for a slot at most, where that is less than the deadline allows.
+            on_completed: Called once on the hub's thread when the task is over, even when its caller gave up long
+                before, and when it could not be started at all; must not block.
+
+        Raises:
+            DiskBusy: No slot is free and the queue is full, or every slot is stuck, or no thread can be started.
+            DiskTimeout: The deadline passed, in the queue or in the kernel.
+            RuntimeError: Called after `close`, in the hub itself, or in another native thread than before.
+
+        Whatever else ends the wait (gevent.Timeout, a killed greenlet) passes through; the task is abandoned then.
+        """
+        crew = self._crew_here()
+        visit = _Visit(task, path, on_completed)
+        try:
+            self._take_slot(crew, ends, longest_wait, path)
+            result = self._start(crew, visit)
+        except BaseException:
+            self._drop(crew, visit)
+            raise
+        try:
+            result.wait(None if ends == math.inf else max(0.0, ends - self._clock()))
+        except BaseException:
+            self._abandon(crew, visit)
+            raise
+        if not visit.completed:
+            self._abandon(crew, visit)
+            raise DiskTimeout(self._name, path, "missed its deadline: the disk has not answered", started=True)
+
+    def close_descriptor(self, descriptor: int) -> None:
+        """Close a descriptor of the disk in a worker as soon as a slot is free: close(2) can hang too.
+
+        Never blocks; may be called from any thread. The queue's length does not count here: whoever holds a descriptor
+        got it from these workers.
+
+        Args:
+            descriptor: Open descriptor; -1 is ignored.
+        """
+        crew = self._crew
+        if descriptor < 0:
+            return
+        if crew is None or crew.process != os.getpid():
+            crew = self._crew = _Crew(self._limits)
+        crew.to_close.append(descriptor)
+        if crew.hub.thread_ident == threading.get_ident():
+            self._close_waiting(crew)
+        else:  # a finalizer, on whatever thread the garbage collector happened to run
+            crew.hub.loop.run_callback_threadsafe(self._close_waiting, crew)
+
+    def close(self) -> None:
+        """Let the threads go: idle ones now, busy ones when their system call has returned. Never waits for them."""
+        self._closed = True
+        if self._crew is not None and self._crew.process == os.getpid():
+            self._dismiss_when_idle(self._crew)
+
+    @property
+    def load(self) -> Load:
+        """What the workers are doing now."""
+        crew = self._crew
+        if crew is None or crew.process != os.getpid():
+            return Load()
+        health = crew.health
+        return Load(
+            state=health.state,
+            threads=crew.pool.size,
+            in_flight=health.in_flight,
+            stuck=health.stuck,
+            waiting=crew.waiting,
+            oldest=health.oldest_age(self._clock()),
+        )
+
+    def _crew_here(self) -> _Crew:
+        if self._crew is None or self._crew.process != os.getpid():
+            self._crew = _Crew(self._limits)
+        if self._crew.hub.thread_ident != threading.get_ident():
+            raise RuntimeError(
+                f"{self._name}: a disk belongs to the native thread that used it first; give this thread its own"
+            )
+        return self._crew
+
+    def _take_slot(self, crew: _Crew, ends: float, longest_wait: float, path: bytes | None) -> None:
+        if self._closed:
+            raise RuntimeError(f"{self._name}: the disk was closed")
+        if gevent.getcurrent() is crew.hub:
+            raise RuntimeError(f"{self._name}: the hub itself must not wait for a disk; spawn a greenlet")
+        refused = crew.health.why_refused()
+        if refused is not None:
+            raise DiskBusy(self._name, path, refused)
+        # Whoever comes while others wait goes behind them, even if a slot has just become free.
+        if crew.waiting == 0 and crew.slots.acquire(blocking=False):
+            return
+        if crew.waiting >= self._limits.queue:
+            raise DiskBusy(
+                self._name,
+                path,
+                f"all {self._limits.threads} slots are taken and {crew.waiting} reads wait for one already",
+            )
+        timeout = min(ends - self._clock(), longest_wait)
+        crew.waiting += 1
+        try:
+            granted = crew.slots.acquire(timeout=None if timeout == math.inf else max(0.0, timeout))
+        finally:
+            crew.waiting -= 1
+        if not granted:
+            raise DiskTimeout(self._name, path, "waited too long for a free slot; nothing was read", started=False)
+
+    def _start(self, crew: _Crew, visit: _Visit) -> AsyncResult[None]:
+        """Hand a visit to the pool. The caller holds a slot for it, and has lost it when this fails. Never blocks."""
+        try:
+            result: AsyncResult[None] = crew.pool.spawn(visit.task.run)
+        except RuntimeError as error:  # "can't start new thread"
+            crew.slots.release()
+            raise DiskBusy(
+                self._name, visit.path, f"{error}: see the limits of the process (ulimit -u, the pids cgroup)"
+            ) from error
+        crew.health.started(visit, self._clock())
+        result.rawlink(partial(self._completed, crew, visit))
+        return result
+
+    def _completed(self, crew: _Crew, visit: _Visit, _result: AsyncResult[None]) -> None:
+        """The system call has returned. Runs in the hub, before any greenlet that waits for the visit."""
+        visit.completed = True
+        crew.health.completed(visit)
+        if visit.abandoned:
+            self._keep_descriptor(crew, visit)
+        if visit.on_completed is not None:
+            visit.on_completed()
+        crew.slots.release()
+        # The slot that has just become free goes to a descriptor that has to be closed before it goes to a reader
+        # that waits: `acquire` without blocking takes it before the semaphore's own notification runs.
+        self._close_waiting(crew)
+        self._dismiss_when_idle(crew)
+
+    def _abandon(self, crew: _Crew, visit: _Visit) -> None:
+        """The caller has given up. What the task opened it closes by itself; if it is over already, we do."""
+        visit.abandoned = True
+        visit.task.abandon()
+        if visit.completed:
+            self._keep_descriptor(crew, visit)
+            self._close_waiting(crew)
+        else:
+            crew.health.abandoned(visit)
+
+    def _drop(self, crew: _Crew, visit: _Visit) -> None:
+        """The visit could not be started."""
+        visit.task.abandon()
+        self._keep_descriptor(crew, visit)
+        if visit.on_completed is not None:
+            visit.on_completed()
+        self._close_waiting(crew)
+
+    def _keep_descriptor(self, crew: _Crew, visit: _Visit) -> None:
+        descriptor = visit.task.take_descriptor()
+        if descriptor >= 0:
+            crew.to_close.append(descriptor)
+
+    def _close_waiting(self, crew: _Crew) -> None:
+        """Start closing what waits to be closed, as far as there are free slots."""
+        while crew.to_close and crew.slots.acquire(blocking=False):
+            closing = _Visit(Job(descriptor=crew.to_close.popleft()), None, None)
+            closing.abandoned = True
+            try:
+                self._start(crew, closing)
+            except DiskBusy:  # no thread to be had: it stays in line until the next slot becomes free
+                self._keep_descriptor(crew, closing)
+                return
+
+    def _dismiss_when_idle(self, crew: _Crew) -> None:
+        if self._closed and not crew.health.in_flight and not crew.to_close and crew.pool.maxsize:
+            crew.pool.maxsize = 0  # unlike ThreadPool.kill() this does not wait for the threads

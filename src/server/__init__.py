@@ -1,0 +1,1 @@
+"""The server application on top of the diskread library: protocols, HTTP, command line."""
