@@ -21,8 +21,8 @@ class Step(IntEnum):
 
 @final
 class Job:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
         root: bytes | None = None,
         root_fd: int = -1,
@@ -33,7 +33,7 @@ class Job:
         size: int = 0,
         stall_ns: int = 0,
         close_mode: int = CloseMode.CLOSE_ALWAYS,
-    ) -> None: ...
+    ) -> Job: ...
     def run(self) -> None: ...
     def abandon(self) -> None: ...
     def take_descriptor(self) -> int: ...

@@ -19,7 +19,7 @@ from .limits import Limits, check_deadline
 from .workers import Load, Workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
     from types import TracebackType
 
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -498,7 +498,9 @@ class DiskFile:
         """
         return self._read(offset, self._stat.size - offset if size is None else size, self._disk._ends(deadline))
 
-    def chunks(self, start: int = 0, stop: int | None = None, *, deadline: float | None = None) -> Iterator[bytes]:
+    def chunks(
+        self, start: int = 0, stop: int | None = None, *, deadline: float | None = None
+    ) -> Generator[bytes, None, None]:
         """Stream a range. While the caller works on one chunk, the next one is being read.
 
         Args:
@@ -573,7 +575,7 @@ class DiskFile:
             return self._first if (start, size) == (0, len(self._first)) else self._first[start : start + size]
         return None
 
-    def _chunks(self, start: int, stop: int, ends: Callable[[], float]) -> Iterator[bytes]:
+    def _chunks(self, start: int, stop: int, ends: Callable[[], float]) -> Generator[bytes, None, None]:
         if start < 0:
             raise ValueError(f"start must not be negative, not {start}")
         begin = start - self._first_offset

@@ -56,7 +56,7 @@ class DiskBusy(DiskError):
 
 
 class DiskOffline(DiskError):
-    """The disk is offline. Raised at once."""
+    """The disk is offline: its root directory is not there. Raised at once."""
 
     default_errno = errno.ENODEV
 
@@ -112,7 +112,6 @@ class DiskIOError(DiskError):
 
 _ACTION: dict[int, str] = {
     Step.STEP_STALL: "nanosleep",
-    Step.STEP_ROOT: "opening the disk's root directory",
     Step.STEP_OPEN: "open",
     Step.STEP_STAT: "fstat",
     Step.STEP_READ: "read",
@@ -133,6 +132,8 @@ def from_errno(disk: str, path: bytes | None, code: int, step: int) -> DiskError
         The error, ready to be raised.
     """
     words = os.strerror(code)
+    if step == Step.STEP_ROOT:
+        return DiskOffline(disk, path, f"its root directory cannot be opened: {words}", code)
     if step == Step.STEP_TYPE:
         what = "is a directory" if code == errno.EISDIR else "is not a regular file"
         return DiskFileNotRegular(disk, path, f"{what}; only regular files are read", code)

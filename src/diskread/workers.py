@@ -65,6 +65,7 @@ class Load:
         stuck: Those of them that nobody waits for any more.
         waiting: Callers that wait for a slot.
         oldest: Seconds that the oldest operation has been inside the kernel.
+        accepting: Whether an operation has a chance: not when every slot is stuck.
     """
 
     state: State = State.ONLINE
@@ -73,6 +74,7 @@ class Load:
     stuck: int = 0
     waiting: int = 0
     oldest: float = 0.0
+    accepting: bool = True
 
 
 class _Visit:
@@ -205,6 +207,7 @@ class Workers:
             stuck=health.stuck,
             waiting=crew.waiting,
             oldest=health.oldest_age(self._clock()),
+            accepting=health.why_refused() is None,
         )
 
     def _crew_here(self) -> _Crew:

@@ -1,0 +1,5 @@
+"""`python -m server` is `diskread`."""
+
+from .cli import main
+
+main(prog_name="diskread")

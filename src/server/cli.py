@@ -1,0 +1,30 @@
+"""The command line `diskread`: one module per command in `server.commands`."""
+
+from __future__ import annotations
+
+import click
+
+from .commands.completion import completion
+from .commands.demo import demo
+from .commands.probe import probe
+from .commands.request import request
+from .commands.serve import serve
+from .commands.status import status
+from .status import version
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(version(), prog_name="diskread")
+def main() -> None:
+    """Serve files from disks of which any may hang at any time, without hanging itself.
+
+    \b
+    diskread demo                     see it in 30 seconds, nothing to set up
+    diskread serve --disk a=/srv/a    serve a directory on 127.0.0.1:7000
+    diskread probe 127.0.0.1:7000     does one slow read hold up the others? Of any server.
+    diskread status --watch           the disks of a running server, live
+    """
+
+
+for _command in (serve, demo, probe, request, status, completion):
+    main.add_command(_command)

@@ -1,0 +1,1 @@
+"""The subcommands of ``diskread``: one module with one click command each."""

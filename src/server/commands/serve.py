@@ -1,0 +1,247 @@
+"""`diskread serve`."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+import gevent
+import msgspec
+from gevent.event import Event
+
+from .. import config as configuration
+from ..app import create_app
+from ..listener import Server
+from ..simulate import Simulation
+from ..status import version
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diskread import Disk, Disks
+
+_DEFAULT = configuration.ServerConfig()
+_LIMITS = configuration.limits_of(configuration.LimitsConfig(), [])
+
+
+class _DiskOption(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in click 8.5 only
+    """NAME=DIR. The directory is not looked at: its disk may be dead, and that must not hold up the start."""
+
+    name = "NAME=DIR"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        name, equals, root = str(value).partition("=")
+        if not equals or not name or not root:
+            self.fail(f"{value!r} is not NAME=DIR, such as photos=/srv/photos", param, ctx)
+        return name, root
+
+
+@click.command("serve", short_help="Serve the files of one or more disks.")
+@click.option(
+    "--config",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="TOML file; options given here win over what it says.",
+)
+@click.option(
+    "--disk",
+    "disks",
+    type=_DiskOption(),
+    multiple=True,
+    help="Serve DIR, on a device of its own, as /v1/NAME/. Repeat for each disk.",
+)
+@click.option("--host", help=f"Address to listen on.  [default: {_DEFAULT.host}]")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help=f"TCP port; 0 lets the kernel choose.  [default: {_DEFAULT.port}]"
+)
+@click.option(
+    "--threads", type=int, help=f"Slots of each disk: reads inside the kernel at a time.  [default: {_LIMITS.threads}]"
+)
+@click.option(
+    "--queue",
+    type=int,
+    help=f"Reads of each disk that may wait for a slot; more get 503 at once.  [default: {_LIMITS.queue}]",
+)
+@click.option(
+    "--deadline",
+    type=float,
+    metavar="SECONDS",
+    help=f"Time for a read, waiting included; then 504.  [default: {_LIMITS.deadline:g}]",
+)
+@click.option(
+    "--simulate/--no-simulate",
+    default=None,
+    help="Let clients simulate stalls (RC,MS,PATH). Whoever can stall a slot can deny service. "
+    "[default: only without disks]",
+)
+@click.option("--access-log", metavar="FILE", help="Write a line per request; - is standard output.")
+@click.option(
+    "--connections",
+    type=click.IntRange(1),
+    help=f"Connections at a time; more wait in the backlog.  [default: {_DEFAULT.connections}]",
+)
+@click.option(
+    "--idle-timeout",
+    type=float,
+    metavar="SECONDS",
+    help=f"Hang up on a client that sends or takes nothing.  [default: {_DEFAULT.idle_timeout:g}]",
+)
+@click.option(
+    "--request-timeout",
+    type=float,
+    metavar="SECONDS",
+    help=f"Time for a client to send line and headers.  [default: {_DEFAULT.request_timeout:g}]",
+)
+@click.option(
+    "--drain-timeout",
+    type=float,
+    metavar="SECONDS",
+    help=f"Time for requests under way after SIGTERM.  [default: {_DEFAULT.drain_timeout:g}]",
+)
+def serve(path: Path | None, disks: tuple[tuple[str, str], ...], **options: Any) -> None:
+    """Serve the files of one or more disks over HTTP and over the line protocol, on one port.
+
+    A hung disk costs its own clients a 504 after the deadline or a 503 at once; nobody else notices. Request line and
+    headers of a client may have 64 KiB, a line of the line protocol 4 KiB. Without any disk only simulated stalls are
+    served, as the original experiment does.
+
+    \b
+    Examples:
+      diskread serve --disk a=/srv/a --disk b=/srv/b
+      curl http://127.0.0.1:7000/v1/a/some/file
+      diskread serve --simulate &  echo 0,100,some_file | nc -N 127.0.0.1 7000
+
+    \b
+    The same in a file for --config:
+      port = 7000
+      [limits]
+      deadline = 5.0
+      [disk.a]
+      root = "/srv/a"
+      threads = 16
+
+    SIGTERM and SIGINT free the port at once and let requests finish (drain); a second signal does not wait.
+    Exit status: 0 after a drain, 1 when the server could not start, 2 for wrong options.
+    """
+    try:
+        run(_merge(path, dict(disks), options))
+    except configuration.ConfigError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _merge(path: Path | None, disks: dict[str, str], options: dict[str, Any]) -> configuration.ServerConfig:
+    """The file's configuration with the options over it."""
+    config = configuration.load(path) if path is not None else _DEFAULT
+    given = {key: value for key, value in options.items() if value is not None}
+    limits = {key: given.pop(key) for key in configuration.LimitsConfig.__struct_fields__ if key in given}
+    merged = dict(config.disk)
+    for name, root in disks.items():
+        old = merged.get(name)
+        new = configuration.DiskConfig(root=root)
+        merged[name] = new if old is None else msgspec.structs.replace(old, root=root)
+    config = msgspec.structs.replace(
+        config, **given, disk=merged, limits=msgspec.structs.replace(config.limits, **limits)
+    )
+    return configuration.check(config)
+
+
+def run(config: configuration.ServerConfig) -> None:
+    """Serve until a signal comes, drain, and leave the process."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    _raise_descriptor_limit()
+    disks = configuration.make_disks(config)
+    with _access_log(config.access_log) as log:
+        server = Server(config, create_app(disks), Simulation(disks, stalls=config.stalls), log)
+        stop = Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            gevent.signal_handler(number, _stop_or_leave, stop)
+        try:
+            server.start()
+        except OSError as error:
+            raise click.ClickException(_why_not_listening(config, error)) from error
+        _announce(config, server, disks)
+        stop.wait()
+        logging.info("the port is free again; requests under way get %g s to finish", config.drain_timeout)
+        finished = server.drain(config.drain_timeout)
+    logging.info("stopped" if finished else "stopped; some requests were cut off")
+    if not finished or any(disk.load.in_flight for disk in disks.status):
+        # A thread that is stuck in the kernel must not be waited for by anything on the way out.
+        sys.stdout.flush()
+        os._exit(0)
+    disks.close()
+
+
+def _stop_or_leave(stop: Event) -> None:
+    if stop.is_set():
+        os._exit(1)
+    stop.set()
+
+
+def _announce(config: configuration.ServerConfig, server: Server, disks: Disks) -> None:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    logging.info("diskread %s listens on http://%s:%d/", version(), host, server.server_port)
+    for disk in disks.values():
+        if disk.root is not None:
+            logging.info("disk %s: %s, %d slots", disk.name, disk.root, disk.limits.threads)
+            gevent.spawn(_look_at, disk)
+    if config.stalls:
+        logging.info("clients may simulate stalls: RC,MS,PATH")
+        if not _is_loopback(config.host):
+            logging.warning("%s is no loopback address: any client there can use up all slots", config.host)
+
+
+def _look_at(disk: Disk) -> None:
+    """Tell the operator early of a root that is not there; a disk that hangs is told of by its status."""
+    assert disk.root is not None
+    try:
+        if not disk.run(os.path.isdir, disk.root):
+            logging.warning("disk %s: %s is no directory now; its requests will fail", disk.name, disk.root)
+    except OSError as error:
+        logging.warning("disk %s does not answer: %s", disk.name, error)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _why_not_listening(config: configuration.ServerConfig, error: OSError) -> str:
+    text = f"cannot listen on {config.host} port {config.port}: {error.strerror or error}"
+    if error.errno == 98:
+        text += f"; choose another with --port, or find out who has it: ss -ltnp 'sport = :{config.port}'"
+    return text
+
+
+def _raise_descriptor_limit() -> None:
+    """Each connection takes a descriptor, each file that is being sent another: ask for all that we may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextlib.contextmanager
+def _access_log(name: str | None) -> Iterator[TextIO | None]:
+    if name is None:
+        yield None
+    elif name == "-":
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        yield sys.stdout
+    else:
+        try:
+            log = open(name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise click.ClickException(f"cannot write the access log {name}: {error.strerror}") from error
+        with log:
+            yield log

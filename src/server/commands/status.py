@@ -1,0 +1,91 @@
+"""`diskread status`."""
+
+from __future__ import annotations
+
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import click
+import msgspec
+from rich.console import Console
+from rich.live import Live
+
+from ..status import StatusDocument
+from ..table import disks_table
+from .failure import CannotRun
+
+
+@click.command("status", short_help="Show the disks of a running server.")
+@click.argument("url", default="http://127.0.0.1:7000")
+@click.option("--watch", is_flag=True, help="Keep showing it, until Ctrl-C.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often, with --watch.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the server's own document.")
+def status(url: str, watch: bool, interval: float, as_json: bool) -> None:
+    """Show the disks of a running server: state, slots, what is stuck, what went wrong so far.
+
+    URL is the address of the server, http://127.0.0.1:7000 when not given.
+
+    \b
+    Examples:
+      diskread status
+      diskread status http://127.0.0.1:7000 --watch
+      diskread status --json | jq '.disks[] | select(.stuck > 0).name'
+
+    Exit status: 0 when every disk takes requests, 1 when one refuses them, 2 when the server does not answer.
+    """
+    if watch and as_json:
+        raise click.UsageError("--watch and --json exclude each other")
+    address = (url if "://" in url else f"http://{url}").rstrip("/") + "/status"
+    body = _fetch(address)
+    if as_json:
+        click.echo(body)
+    document = _decode(address, body)
+    if not as_json:
+        title = f"{address}, diskread {document.version}"
+        if watch:
+            document = _watch(address, title, document, interval)
+        else:
+            Console().print(disks_table(document, title))
+    sys.exit(0 if all(disk.accepting for disk in document.disks) else 1)
+
+
+def _watch(address: str, title: str, document: StatusDocument, interval: float) -> StatusDocument:
+    with Live(disks_table(document, title), auto_refresh=False) as live:
+        try:
+            while True:
+                time.sleep(interval)
+                document = _decode(address, _fetch(address))
+                live.update(disks_table(document, title), refresh=True)
+        except KeyboardInterrupt:
+            return document
+
+
+def _fetch(address: str) -> bytes:
+    if not address.startswith(("http://", "https://")):
+        raise click.UsageError(f"{address} is not an http address")
+    try:
+        with urllib.request.urlopen(address, timeout=10) as response:  # noqa: S310 - checked above
+            body: bytes = response.read()
+            return body
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise CannotRun(f"{address} answers {error.code}: is it a diskread server?") from error
+    except (OSError, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise CannotRun(f"{address} does not answer ({reason}); 'diskread serve' starts a server") from error
+
+
+def _decode(address: str, body: bytes) -> StatusDocument:
+    try:
+        return msgspec.json.decode(body, type=StatusDocument)
+    except msgspec.DecodeError as error:
+        raise CannotRun(f"{address} is not the status of a diskread server: {error}") from error

@@ -1,0 +1,223 @@
+"""The configuration: a TOML file, the command line's options over it, and what both may say."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from diskread import Disk, Disks, Limits
+
+from .simulate import SIMULATED, SIMULATED_LIMITS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
+_RESERVED = ("v1", SIMULATED)
+
+
+class ConfigError(Exception):
+    """The configuration is wrong; the message names the file, the line and the key."""
+
+
+class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`[limits]`: limits of every disk that does not say otherwise. See `diskread.Limits`."""
+
+    threads: int | None = None
+    queue: int | None = None
+    deadline: float | None = None
+    idle: float | None = None
+
+
+class DiskConfig(LimitsConfig, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """`[disk.NAME]`: a directory on a device of its own, and its limits."""
+
+    root: str
+
+
+class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """The top of the file.
+
+    Attributes:
+        host: Address to listen on.
+        port: TCP port; 0 lets the kernel choose.
+        simulate: Whether clients may simulate stalls; None means: when there is no disk.
+        access_log: Where to write a line per request: a file name, "-" for standard output; None for nowhere.
+        connections: Connections served at a time; more wait in the backlog.
+        idle_timeout: Seconds without a byte after which a client is hung up on.
+        request_timeout: Seconds that a client may take to send its request line and headers.
+        drain_timeout: Seconds that requests under way get to finish after SIGTERM.
+        limits: Limits of every disk that does not say otherwise.
+        disk: The disks by name.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7000
+    simulate: bool | None = None
+    access_log: str | None = None
+    connections: int = 10_000
+    idle_timeout: float = 60.0
+    request_timeout: float = 30.0
+    drain_timeout: float = 30.0
+    limits: LimitsConfig = LimitsConfig()
+    disk: dict[str, DiskConfig] = {}
+
+    @property
+    def stalls(self) -> bool:
+        """Whether clients may simulate stalls."""
+        return not self.disk if self.simulate is None else self.simulate
+
+
+def load(path: Path) -> ServerConfig:
+    """Read a configuration file. Reads from the disk that the file is on: for the start, not for later.
+
+    Args:
+        path: A TOML file.
+
+    Raises:
+        ConfigError: The file cannot be read, is not TOML, has an unknown key, or a value that cannot be.
+    """
+    try:
+        text = path.read_text("utf-8")
+        tables = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    try:
+        return check(_convert(tables))
+    except _Wrong as wrong:
+        line = _line_of(text, wrong.keys)
+        raise ConfigError(f"{path}:{line}: {'.'.join(wrong.keys) or 'the file'}: {wrong.reason}") from wrong
+
+
+def check(config: ServerConfig) -> ServerConfig:
+    """Return a configuration as it is, when every value in it can be.
+
+    Raises:
+        ConfigError: A value cannot be; the message names its key.
+    """
+    if not 0 <= config.port <= 65535:
+        raise _Wrong(["port"], f"must be between 0 and 65535, not {config.port}")
+    if config.connections < 1:
+        raise _Wrong(["connections"], f"must be at least 1, not {config.connections}")
+    for key in ("idle_timeout", "request_timeout", "drain_timeout"):
+        if not getattr(config, key) > 0:
+            raise _Wrong([key], f"must be a positive number of seconds, not {getattr(config, key)}")
+    limits_of(config.limits, ["limits"])
+    for name, disk in config.disk.items():
+        if not _NAME.match(name):
+            raise _Wrong(
+                ["disk", name],
+                "the name of a disk is made of letters, digits, '.', '_' and '-', and does not begin with '.' or '-'",
+            )
+        if name in _RESERVED:
+            raise _Wrong(["disk", name], f"a disk cannot be called {name}: the protocols use that name")
+        if not disk.root or "\0" in disk.root:
+            raise _Wrong(["disk", name, "root"], "must be a directory")
+        limits_of(disk, ["disk", name], config.limits)
+    return config
+
+
+def limits_of(config: LimitsConfig, keys: list[str], default: LimitsConfig | None = None) -> Limits:
+    """The limits that a table says, over those of another, over the library's own.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+    values: dict[str, Any] = {}
+    for table in (default, config):
+        for field in LimitsConfig.__struct_fields__ if table is not None else ():
+            if getattr(table, field) is not None:
+                values[field] = getattr(table, field)
+    try:
+        return Limits(**values)
+    except (ValueError, TypeError) as error:
+        field = str(error).partition(" ")[0]  # messages of Limits begin with the name of the field
+        raise _Wrong([*keys, field] if field in values else keys, str(error)) from error
+
+
+def make_disks(config: ServerConfig) -> Disks:
+    """The disks of a configuration, and the one for simulated stalls where these are on. Touches no device."""
+    disks = [
+        Disk(name, disk.root, limits_of(disk, ["disk", name], config.limits)) for name, disk in config.disk.items()
+    ]
+    if config.stalls:
+        disks.append(Disk(SIMULATED, None, SIMULATED_LIMITS))
+    return Disks(disks)
+
+
+class _Wrong(ConfigError):
+    """A key whose place in the file is still to be found."""
+
+    def __init__(self, keys: list[str], reason: str) -> None:
+        super().__init__(f"{'.'.join(keys)}: {reason}")
+        self.keys = keys
+        self.reason = reason
+
+
+def _convert(tables: dict[str, Any]) -> ServerConfig:
+    """Check types and names. Disk by disk, because msgspec does not tell under which name an error is."""
+    disks = tables.pop("disk", {})
+    if not isinstance(disks, dict):
+        raise _Wrong(["disk"], "each disk is a table of its own: [disk.NAME]")
+    converted = {name: _convert_table(disk, DiskConfig, ["disk", name]) for name, disk in disks.items()}
+    config = _convert_table(tables, ServerConfig, [])
+    replaced: ServerConfig = msgspec.structs.replace(config, disk=converted)
+    return replaced
+
+
+def _convert_table(table: Any, kind: type[Any], keys: list[str]) -> Any:
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$")
+        below = [key for key in place.rstrip("`").split(".") if key]
+        unknown = re.match(r"Object contains unknown field `(.*)`", reason)
+        missing = re.match(r"Object missing required field `(.*)`", reason)
+        if unknown:
+            known = ", ".join(_struct_at(kind, below).__struct_fields__)
+            raise _Wrong([*keys, *below, unknown[1]], f"there is no such key; there are: {known}") from error
+        if missing:
+            raise _Wrong([*keys, *below], f"the key {missing[1]} is missing") from error
+        raise _Wrong([*keys, *below], reason[:1].lower() + reason[1:]) from error
+
+
+def _struct_at(kind: type[Any], keys: list[str]) -> Any:
+    return LimitsConfig if kind is ServerConfig and keys == ["limits"] else kind
+
+
+def _line_of(text: str, keys: list[str]) -> int:
+    """The line of a key in a TOML text; that of the longest part of it that is there. tomllib does not tell.
+
+    Good for tables and keys as people write them; a key within a multi-line string could be taken for one.
+    """
+    best, best_line, table = 0, 1, []
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[+([^\]]+)\]+", line)
+        assignment = re.match(r"\s*([^=#\[]+?)\s*=", line)
+        if header:
+            table = _split_key(header[1])
+            found = table
+        elif assignment:
+            found = table + _split_key(assignment[1])
+        else:
+            continue
+        common = 0
+        while common < min(len(found), len(keys)) and found[common] == keys[common]:
+            common += 1
+        if common == len(found) and common > best:
+            best, best_line = common, number
+    return best_line
+
+
+def _split_key(text: str) -> list[str]:
+    return [part.strip().strip("\"'") for part in text.split(".")]

@@ -1,0 +1,315 @@
+"""One port for all protocols: accept, look at the first line, hand over; limits on clients; drain."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import socket as native_socket
+import sys
+import time
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TextIO
+
+import gevent
+from gevent import socket
+from gevent.pool import Pool
+from gevent.pywsgi import WSGIHandler, WSGIServer
+
+from diskread import DiskError
+from diskread.errors import printable
+
+from .line import LONGEST_LINE, answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from .config import ServerConfig
+    from .simulate import Simulation
+
+    Address = tuple[str, int] | Any
+
+LONGEST_HEAD = 64 * 1024
+"""Bytes of request line and headers together."""
+
+LINGER = 2.0
+"""Seconds in which what a client still sends after our reply is thrown away, lest a reset destroys the reply."""
+
+BACKLOG = 65_535  # the kernel caps it at net.core.somaxconn: listen(2)
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_HTTP = re.compile(_TOKEN + rb" \S+ HTTP/1\.[0-9]\r?\n?\Z")
+_HTTP_BEGINNING = re.compile(rb"[A-Z]+ (/|https?://)")  # of a line that is too long for the line protocol
+
+_REPLY_400 = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+_REPLY_408 = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+_REPLY_431 = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+_log = logging.getLogger("diskread.server")
+
+
+class HeadTooLarge(ValueError):
+    """A client sent more request line and headers than the server takes."""
+
+
+class Connection(io.RawIOBase):
+    """The bytes of a client as a raw stream: what the listener has read already, then the socket.
+
+    Attributes:
+        sock: The socket.
+        budget: Bytes that the client may still send in the head of its request; None outside of a head.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Wrap a socket."""
+        super().__init__()
+        self.sock = sock
+        self.budget: int | None = None
+        self._ahead = b""
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def push_back(self, data: bytes) -> None:
+        """Have the next reads return `data` first."""
+        self._ahead = data + self._ahead
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read what is there; blocks the greenlet until something is, as long as the socket's time-out allows."""
+        if self._ahead:
+            count = min(len(buffer), len(self._ahead))
+            buffer[:count], self._ahead = self._ahead[:count], self._ahead[count:]
+        else:
+            count = self.sock.recv_into(buffer)
+        if self.budget is not None:
+            self.budget -= count
+            if self.budget < 0:
+                raise HeadTooLarge(f"more than {LONGEST_HEAD} bytes of request line and headers")
+        return count
+
+
+class Handler(WSGIHandler):
+    """HTTP on one connection: pywsgi's handler with limits on what and how slowly a client may send."""
+
+    server: Server
+
+    def __init__(self, sock: socket.socket, address: Address, server: Server, connection: Connection) -> None:
+        """Take over a connection of which the first bytes may have been read."""
+        super().__init__(sock, address, server)  # type: ignore[arg-type]  # a tuple for TCP
+        self.rfile.close()
+        self.rfile = io.BufferedReader(connection, 8192)
+        self.connection = connection
+        self.received = time.monotonic()
+        self._head_timer = gevent.Timeout(server.request_timeout)
+
+    def read_requestline(self) -> str:
+        """Wait for a request as long as an idle connection may last, then for its line as long as a head may take."""
+        self.connection.budget = None
+        if not self.server.draining:
+            with self.server.idle(self.socket):
+                self.rfile.peek(1)
+        self.received = time.monotonic()
+        self.connection.budget = LONGEST_HEAD
+        self._head_timer.start()
+        line: str = super().read_requestline()
+        return line
+
+    def handle_one_request(self) -> Any:
+        """Serve one request; hang up on a client that cannot finish its head in time or in size."""
+        self._head_timer = gevent.Timeout(self.server.request_timeout)
+        try:
+            return super().handle_one_request()
+        except gevent.Timeout as timeout:
+            if timeout is not self._head_timer:
+                raise
+            return "408", _REPLY_408
+        finally:
+            self._head_timer.close()
+
+    def _handle_client_error(self, ex: Exception) -> tuple[str, bytes]:
+        # A client's mistake is worth no line in the log of a server that is open to all.
+        if isinstance(ex, HeadTooLarge):
+            return "431", _REPLY_431
+        if isinstance(ex, (ValueError, OSError)):
+            return "400", _REPLY_400
+        reply: tuple[str, bytes] = super()._handle_client_error(ex)  # type: ignore[misc]
+        return reply
+
+    def read_request(self, raw_requestline: str) -> Any:
+        """Read the headers. A request body is never read: no resource takes one, so the connection ends after it."""
+        try:
+            result = super().read_request(raw_requestline)
+        finally:
+            self._head_timer.close()
+            self.connection.budget = None
+        if self.content_length or self.headers.get("transfer-encoding"):
+            self.close_connection = True
+            self.content_length = 0
+            for name in ("content-length", "transfer-encoding", "expect"):
+                del self.headers[name]
+        assert self.path is not None
+        if self.path.startswith(("http://", "https://")):  # absolute form: RFC 9112, 3.2.2
+            self.path = "/" + self.path.partition("//")[2].partition("/")[2]
+        return result
+
+    def get_environ(self) -> dict[str, Any]:
+        """Tell the application since when the request has been waiting."""
+        environ: dict[str, Any] = super().get_environ()
+        environ["diskread.received"] = self.received
+        return environ
+
+    def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        """Say so when this is the connection's last response."""
+        if self.server.draining:
+            self.close_connection = True
+        if self.close_connection and self.request_version == "HTTP/1.1":
+            headers = [*headers, ("Connection", "close")]
+        return super().start_response(status, headers, exc_info)
+
+    def handle_error(self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None) -> None:
+        """A body that fails midway: end the connection, so that no client takes what it got for the whole."""
+        if isinstance(v, DiskError):
+            _log.error("the body of %s broke off: %s", printable((self.path or "").encode("latin-1")), v)
+        elif not isinstance(v, TimeoutError):  # of the socket: the client does not take what it asked for
+            super().handle_error(t, v, tb)
+        self.close_connection = True
+
+    def format_request(self) -> str:
+        """The line of the access log, with everything unprintable escaped."""
+        return printable(super().format_request().encode("utf-8", "backslashreplace"))
+
+
+class _IdleSocket:
+    """Marks a socket as one that waits for a request, so that a drain may close it."""
+
+    def __init__(self, sockets: set[socket.socket], sock: socket.socket) -> None:
+        self._sockets = sockets
+        self._sock = sock
+
+    def __enter__(self) -> None:
+        self._sockets.add(self._sock)
+
+    def __exit__(self, *_: object) -> None:
+        self._sockets.discard(self._sock)
+
+
+class Server(WSGIServer):
+    """The server: line protocol and HTTP on one port."""
+
+    handler_class = Handler
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        app: Callable[..., Any],
+        simulation: Simulation,
+        access_log: TextIO | None = None,
+    ) -> None:
+        """Prepare; `start` binds the port and begins to accept.
+
+        Args:
+            config: Address and limits.
+            app: The WSGI application.
+            simulation: Carries out the requests of the line protocol.
+            access_log: Where to write a line per request; None for nowhere.
+        """
+        self.idle_timeout = config.idle_timeout
+        self.request_timeout = config.request_timeout
+        self.draining = False
+        self._simulation = simulation
+        self._idle: set[socket.socket] = set()
+        self._connections = Pool(config.connections)
+        super().__init__(
+            (config.host, config.port),
+            app,
+            backlog=BACKLOG,
+            spawn=self._connections,
+            log=access_log,
+            error_log=sys.stderr,
+            environ={"SERVER_NAME": config.host},  # saves pywsgi a look-up of our own name in the DNS
+        )
+
+    def idle(self, sock: socket.socket) -> _IdleSocket:
+        """A context in which a drain may close the socket, because its client is not owed an answer."""
+        return _IdleSocket(self._idle, sock)
+
+    def handle(self, sock: socket.socket, address: Address) -> None:
+        """Serve one connection, in a greenlet of its own."""
+        accepted = time.monotonic()
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(self.idle_timeout)
+            line, rest = self._first_line(sock)
+            if not line:
+                return
+            if _HTTP.match(line) or (len(line) > LONGEST_LINE and _HTTP_BEGINNING.match(line)):
+                connection = Connection(sock)
+                connection.push_back(line + rest)
+                self.handler_class(sock, address, self, connection).handle()
+                return
+            reply = answer(line, self._simulation, accepted)
+            sock.sendall(reply)
+            self._log_line(address, line, reply, time.monotonic() - accepted)
+            _linger(sock, at_once=not rest and line.endswith(b"\n"))
+        except (OSError, gevent.Timeout):
+            pass  # the client went away, or was too slow: nobody is left to be told
+
+    def _first_line(self, sock: socket.socket) -> tuple[bytes, bytes]:
+        """The first line, and what came after it. The line has no end when the input ended or it is too long."""
+        with self.idle(sock):
+            data: bytes = sock.recv(8192)
+        received, newline, rest = data.partition(b"\n")
+        if newline or not data:
+            return received + newline, rest
+        with gevent.Timeout(self.request_timeout):
+            while len(data) <= LONGEST_LINE:
+                more: bytes = sock.recv(8192)
+                if not more:
+                    break
+                data += more
+                if b"\n" in more:
+                    break
+        received, newline, rest = data.partition(b"\n")
+        return received + newline, rest
+
+    def _log_line(self, address: Address, line: bytes, reply: bytes, seconds: float) -> None:
+        now = datetime.now().replace(microsecond=0)
+        request, status = printable(line[:LONGEST_LINE].rstrip()), reply.partition(b",")[0].decode("ascii")
+        host = address[0] if isinstance(address, tuple) else "-"
+        self.log.write(f'{host} - - [{now}] "{request}" {status} {len(reply)} {seconds:.6f}\n')
+
+    def drain(self, timeout: float) -> bool:
+        """Stop accepting and free the port now, hang up on idle clients, and let the others finish.
+
+        Blocks the greenlet until they have, or the time is over.
+
+        Args:
+            timeout: Seconds that requests under way may take.
+
+        Returns:
+            Whether all of them finished.
+        """
+        self.draining = True
+        self.close()
+        for sock in list(self._idle):
+            # Wakes its greenlet with an end of input, where closing it under the greenlet would raise.
+            with contextlib.suppress(OSError):
+                sock.shutdown(native_socket.SHUT_RDWR)
+        return self._connections.join(timeout)
+
+
+def _linger(sock: socket.socket, *, at_once: bool) -> None:
+    """End our side; then throw away what the client still sends, for a bounded time.
+
+    Closing a socket with unread input sends a reset, which can destroy the reply on its way (RFC 9112, 9.6).
+    """
+    sock.shutdown(native_socket.SHUT_WR)
+    if at_once:
+        return
+    sock.settimeout(LINGER)
+    with gevent.Timeout(LINGER, False):  # type: ignore[arg-type]
+        while sock.recv(65536):
+            pass

@@ -1,0 +1,194 @@
+"""What the server tells of itself: `/`, `/status`, `/metrics`, `/healthz`, `/readyz`. Never touches a device."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import time
+from importlib import metadata, resources
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import falcon
+import gevent.socket
+import msgspec
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from diskread.metrics import DiskCollector
+
+if TYPE_CHECKING:
+    from diskread import Disks, DiskStatus
+
+
+class DiskDocument(msgspec.Struct):
+    """A disk in `/status`. Times are in seconds."""
+
+    name: str
+    root: str | None
+    state: str
+    accepting: bool
+    """Whether a read would get a slot or a place in the queue."""
+    slots: int
+    queue: int
+    deadline: float
+    threads: int
+    in_flight: int
+    stuck: int
+    waiting: int
+    oldest: float
+    reads: int
+    bytes: int
+    errors: dict[str, int]
+    timeouts: int
+    rejections: int
+    abandoned: int
+
+
+class StatusDocument(msgspec.Struct):
+    """The body of `/status`."""
+
+    version: str
+    uptime: float
+    simulate: bool
+    disks: list[DiskDocument]
+
+
+def version() -> str:
+    """The version of the installed package, "unknown" in a tree that was never installed."""
+    try:
+        return metadata.version("diskread")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def describe(disk: DiskStatus) -> DiskDocument:
+    """Flatten the status of a disk."""
+    load, counts, limits = disk.load, disk.counts, disk.limits
+    return DiskDocument(
+        name=disk.name,
+        root=disk.root,
+        state=load.state.value,
+        accepting=load.accepting,
+        slots=limits.threads,
+        queue=limits.queue,
+        deadline=limits.deadline,
+        threads=load.threads,
+        in_flight=load.in_flight,
+        stuck=load.stuck,
+        waiting=load.waiting,
+        oldest=round(load.oldest, 3),
+        reads=counts.reads,
+        bytes=counts.bytes,
+        errors=dict(counts.errors),
+        timeouts=counts.timeouts,
+        rejections=counts.rejections,
+        abandoned=counts.abandoned,
+    )
+
+
+def fetch(address: str, timeout: float) -> StatusDocument | None:
+    """Ask a server for its status over gevent, so that other greenlets go on meanwhile.
+
+    Args:
+        address: URL of `/status`.
+        timeout: Seconds for the whole of it.
+
+    Returns:
+        The document; None when no answer came, or another one.
+    """
+    parts = urlsplit(address)
+    server = (parts.hostname or "", parts.port or 80)
+    document = None
+    with gevent.Timeout(timeout, False):  # type: ignore[arg-type]
+        try:
+            connection = http.client.HTTPConnection(*server)
+            with contextlib.closing(gevent.socket.create_connection(server)) as sock:
+                connection.sock = sock
+                connection.request("GET", parts.path, headers={"Connection": "close"})
+                with connection.getresponse() as response:
+                    document = msgspec.json.decode(response.read(), type=StatusDocument)
+        except (OSError, http.client.HTTPException, msgspec.DecodeError):
+            pass
+    return document
+
+
+class StatusResource:
+    """`/status`: everything there is to know, as JSON."""
+
+    def __init__(self, disks: Disks, *, simulate: bool) -> None:
+        """Tell of these disks."""
+        self._disks = disks
+        self._simulate = simulate
+        self._started = time.monotonic()
+        self._version = version()
+
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
+        """Send the document."""
+        document = StatusDocument(
+            version=self._version,
+            uptime=round(time.monotonic() - self._started, 3),
+            simulate=self._simulate,
+            disks=[describe(disk) for disk in self._disks.status],
+        )
+        response.content_type = falcon.MEDIA_JSON
+        response.cache_control = ["no-store"]
+        response.data = msgspec.json.encode(document)
+
+
+class MetricsResource:
+    """`/metrics`: OpenMetrics."""
+
+    def __init__(self, disks: Disks) -> None:
+        """Measure these disks, and the process."""
+        self._registry = CollectorRegistry()
+        self._registry.register(DiskCollector(lambda: disks.status))
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
+        """Send the metrics."""
+        response.content_type = CONTENT_TYPE_LATEST
+        response.data = generate_latest(self._registry)  # type: ignore[no-untyped-call]
+
+
+class HealthResource:
+    """`/healthz`: the process lives and its hub turns."""
+
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
+        """Say so."""
+        response.content_type = falcon.MEDIA_TEXT
+        response.text = "ok\n"
+
+
+class ReadyResource:
+    """`/readyz`: at least one disk takes requests."""
+
+    def __init__(self, disks: Disks) -> None:
+        """Look at these disks."""
+        self._disks = disks
+
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
+        """200 when one does, else 503."""
+        ready = any(disk.load.accepting for disk in self._disks.status)
+        response.status = falcon.HTTP_200 if ready else falcon.HTTP_503
+        response.content_type = falcon.MEDIA_TEXT
+        response.text = "ready\n" if ready else "no disk takes requests\n"
+
+
+class PageResource:
+    """`/`: a page that shows the disks, live."""
+
+    def __init__(self) -> None:
+        """Load the page once, so that serving it needs no disk."""
+        self._page = resources.files("server").joinpath("static/index.html").read_bytes()
+
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
+        """Send the page."""
+        response.content_type = falcon.MEDIA_HTML
+        response.set_header(
+            "Content-Security-Policy",
+            "default-src 'none'; style-src 'unsafe-inline'; "
+            "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+        )
+        response.data = self._page

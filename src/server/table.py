@@ -1,0 +1,42 @@
+"""The disks of a server as a table for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .status import StatusDocument
+
+_STYLES = {"online": "green", "suspect": "yellow"}
+
+
+def disks_table(status: StatusDocument, title: str) -> Table:
+    """Draw the table.
+
+    Args:
+        status: What `/status` said.
+        title: Text above it.
+    """
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("disk")
+    table.add_column("state")
+    for heading in ("in flight", "stuck", "waiting", "oldest", "reads", "errors", "timeouts", "rejections"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for disk in status.disks:
+        state, style = (disk.state, _STYLES.get(disk.state, "")) if disk.accepting else ("refusing", "bold red")
+        table.add_row(
+            disk.name,
+            f"[{style}]{state}[/]" if style else state,
+            f"{disk.in_flight}/{disk.slots}",
+            str(disk.stuck),
+            str(disk.waiting),
+            f"{disk.oldest:.1f} s",
+            str(disk.reads),
+            str(sum(disk.errors.values())),
+            str(disk.timeouts),
+            str(disk.rejections),
+        )
+    return table
