@@ -16,11 +16,11 @@ from ..simulate import Status
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Outcome = Literal["answered", "missed its deadline", "refused", "failed"]
+Outcome = Literal["answered", "missed", "refused", "failed"]
 
 _OUTCOMES: dict[int, Outcome] = {
     0: "answered",
-    Status.DEADLINE: "missed its deadline",
+    Status.DEADLINE: "missed",
     Status.REFUSED: "refused",
 }
 

@@ -171,8 +171,8 @@ def _table(title: str, load: Load, plan: Plan, status: StatusDocument | None) ->
     table = Table(title=f"{title}: {phase}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("disk")
     table.add_column("state")
-    for heading in ("in flight", "stuck", "answered", "missed", "refused", "failed", "p99 of the last 2 s"):
-        table.add_column(heading, justify="right", min_width=len(heading))
+    for heading in ("in flight", "stuck", "answered", "missed", "refused", "failed", "p99 (2 s)"):
+        table.add_column(heading, justify="right", no_wrap=True)
     disks = {disk.name: disk for disk in status.disks} if status is not None else {}
     for name in plan.disks:
         disk = disks.get(name)
@@ -184,34 +184,37 @@ def _table(title: str, load: Load, plan: Plan, status: StatusDocument | None) ->
             "?" if disk is None else disk.state if disk.accepting else "[bold red]refusing[/]",
             "?" if disk is None else f"{disk.in_flight}/{disk.slots}",
             "?" if disk is None else str(disk.stuck),
-            *(str(outcomes.get(outcome, 0)) for outcome in ("answered", "missed its deadline", "refused", "failed")),
+            *(str(outcomes.get(outcome, 0)) for outcome in ("answered", "missed", "refused", "failed")),
             p99,
         )
     return table
 
 
+_IN_WORDS = {"missed": "missed the deadline"}
+
+
 def _verdict(console: Console, result: Result) -> None:
     table = Table(
-        title=f"The three healthy disks while {HUNG} hung for {result.hang:g} s",
+        title=f"The three healthy disks while {HUNG} hung for {result.hang:g} s; times in ms",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
     for heading in ("server", "answered", "p50", "p99", "p99 before", "worst"):
-        table.add_column(heading, justify="left" if heading == "server" else "right")
-    for name, act in (("diskread", result.diskread), ("reads that hold the GIL", result.gil_held)):
+        table.add_column(heading, justify="left" if heading == "server" else "right", no_wrap=True)
+    for name, act in (("diskread", result.diskread), ("reads holding the GIL", result.gil_held)):
         if act is not None:
             during = act.during
             table.add_row(
                 name,
                 f"{during.answered} of {during.requests}",
-                *(f"{seconds * 1000:,.1f} ms" for seconds in (during.p50, during.p99, act.before.p99, during.worst)),
+                *(f"{seconds * 1000:,.1f}" for seconds in (during.p50, during.p99, act.before.p99, during.worst)),
             )
     console.print(table)
     hung = result.diskread.hung_during
     console.print(
         f"Clients of {HUNG} at diskread, of {hung.requests}: "
-        + ", ".join(f"{count} {outcome}" for outcome, count in sorted(hung.outcomes.items()))
+        + ", ".join(f"{count} {_IN_WORDS.get(outcome, outcome)}" for outcome, count in sorted(hung.outcomes.items()))
         + f"; half of them knew after {hung.p50 * 1000:,.1f} ms. Once it was back: "
         f"{result.diskread.hung_after.answered} of {result.diskread.hung_after.requests} answered."
     )
