@@ -169,9 +169,9 @@ def _table(title: str, load: Load, plan: Plan, status: StatusDocument | None) ->
     else:
         phase = f"{plan.hung} is back"
     table = Table(title=f"{title}: {phase}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("disk")
-    table.add_column("state")
-    for heading in ("in flight", "stuck", "answered", "missed", "refused", "failed", "p99 (2 s)"):
+    table.add_column("disk", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for heading in ("slots", "stuck", "answered", "missed", "refused", "failed", "p99 of 2 s"):
         table.add_column(heading, justify="right", no_wrap=True)
     disks = {disk.name: disk for disk in status.disks} if status is not None else {}
     for name in plan.disks:

@@ -1,0 +1,54 @@
+# make demo   see it: virtual environment, install, demo
+# make test   the whole test-suite
+# make bench  the benchmarks
+# make lint   what CI checks besides the tests
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/
+EXTENSION = setup.py pyproject.toml src/diskread/_syscalls.pyx src/diskread/_syscalls.pxd
+
+.PHONY: demo test coverage bench lint clean prerequisites
+
+demo: $(VENV)/.installed
+	$(RUN)diskread demo
+
+test: $(VENV)/.installed-test
+	scripts/test-packages
+	$(RUN)python -m pytest
+
+coverage: $(VENV)/.installed-test
+	$(RUN)python -m pytest --cov --cov-report=term
+
+bench: $(VENV)/.installed-bench
+	$(RUN)python benchmarks/gil.py
+
+lint: $(VENV)/.installed-test $(VENV)/.installed-lint
+	$(RUN)ruff format --check .
+	$(RUN)ruff check .
+	$(RUN)mypy
+
+clean:
+	rm -rf build dist $(VENV) src/*.egg-info src/diskread/_syscalls.c src/diskread/*.so
+
+prerequisites:
+	@scripts/prerequisites $(PYTHON)
+
+$(VENV)/bin/python: | prerequisites
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(EXTENSION) | $(VENV)/bin/python
+	$(RUN)python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(RUN)python -m pip install --quiet --group test
+	touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(RUN)python -m pip install --quiet --group lint
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(RUN)python -m pip install --quiet --editable '.[plots]'
+	touch $@
