@@ -9,6 +9,8 @@ Nothing in this module knows gevent. Calling any of these functions on the hub's
 the disk takes: that is what `diskread.workers` is there to prevent.
 """
 
+from operator import index
+
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
@@ -112,9 +114,10 @@ cpdef enum Step:
     STEP_ABANDONED = 8  # nobody waits for the result any more
 
 cdef enum JobState:
-    NEW = 0
-    RUNNING = 1
-    FINISHED = 2
+    REFUSED = 0     # its parameters were wrong: nothing but zeros in it (tp_alloc), and nothing to clean up
+    NEW = 1
+    RUNNING = 2
+    FINISHED = 3
 
 cdef int64_t MAX_READ = 0x7ffff000  # what one read(2) transfers at most on Linux: see its man page
 cdef int MAX_RESOLVE_ATTEMPTS = 64
@@ -209,6 +212,8 @@ cdef int do_read(Visit *visit) noexcept nogil:
 
 
 cdef int do_steps(Visit *visit) noexcept nogil:
+    if given_up(visit):
+        return fail(visit, STEP_ABANDONED, 0)
     if do_stall(visit) != 0:
         return -1
     if given_up(visit):
@@ -250,6 +255,14 @@ cdef void visit_disk(Visit *visit) noexcept nogil:
     visit.finished_ns = now_ns()
 
 
+cdef int check_range(offset, size) except -1:
+    if not 0 <= offset <= INT64_MAX:
+        raise ValueError(f"offset must be between 0 and {INT64_MAX} bytes, not {offset}")
+    if not 0 <= size <= INT64_MAX - offset:
+        raise ValueError(f"size must be between 0 and {INT64_MAX - offset} bytes at offset {offset}, not {size}")
+    return 0
+
+
 @cython.final
 cdef class Job:
     """One visit to the disk: wait (simulated), open, stat, read, close, in one section without the GIL.
@@ -272,6 +285,7 @@ cdef class Job:
             in any case.
 
     Raises:
+        TypeError: A number that is no integer.
         ValueError: A negative or overflowing number, a path with a NUL byte, a path without a root, a path together
             with a descriptor.
     """
@@ -279,10 +293,8 @@ cdef class Job:
     def __cinit__(self, *, bytes root=None, int root_fd=-1, bytes path=None, int descriptor=-1, bint borrowed=False,
                   offset=0, size=0, stall_ns=0, int close_mode=CLOSE_ALWAYS):
         # Ranges are checked on Python integers, before anything is squeezed into a C type.
-        if not 0 <= offset <= INT64_MAX:
-            raise ValueError(f"offset must be between 0 and {INT64_MAX} bytes, not {offset}")
-        if not 0 <= size <= INT64_MAX - offset:
-            raise ValueError(f"size must be between 0 and {INT64_MAX - offset} bytes at offset {offset}, not {size}")
+        offset, size, stall_ns = index(offset), index(size), index(stall_ns)
+        check_range(offset, size)
         if not 0 <= stall_ns <= MAX_STALL * 1e9:
             raise ValueError(f"stall_ns must be between 0 and {MAX_STALL * 1e9:.0f} nanoseconds, not {stall_ns}")
         if close_mode not in (CLOSE_ALWAYS, CLOSE_AT_EOF, CLOSE_NEVER):
@@ -298,10 +310,9 @@ cdef class Job:
             raise ValueError("a read needs a path or a descriptor")
         if root is not None and b"\0" in root:
             raise ValueError("root must not contain a NUL byte")
-        memset(&self.visit, 0, sizeof(Visit))
-        self._state = NEW
         self._root = root
         self._path = path
+        self.visit.opened_root = -1
         self.visit.root = <const char *>root if root is not None else NULL
         self.visit.root_fd = root_fd
         self.visit.path = <const char *>path if path is not None else NULL
@@ -311,7 +322,7 @@ cdef class Job:
         self.visit.offset = offset
         self.visit.size = size
         self.visit.stall_ns = stall_ns
-        self.visit.opened_root = -1
+        self._state = NEW
 
     def run(self):
         """Make the visit. Blocks the calling native thread, GIL released, for as long as the disk takes.
@@ -327,7 +338,7 @@ cdef class Job:
             try:
                 self._buffer = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>self.visit.size)
                 self.visit.buffer = PyBytes_AS_STRING(self._buffer)
-            except MemoryError:
+            except (MemoryError, OverflowError):
                 fail(&self.visit, STEP_MEMORY, ENOMEM)
         with nogil:
             if self.visit.step == STEP_NONE:
@@ -421,7 +432,7 @@ cdef class Job:
 
     def __dealloc__(self):
         # O_PATH descriptors of a root hold no data of the disk: closing one cannot block (open(2), O_PATH).
-        if self.visit.opened_root >= 0:
+        if self._state != REFUSED and self.visit.opened_root >= 0:
             c_close(self.visit.opened_root)
 
 
@@ -432,11 +443,12 @@ cdef int64_t checked_stall(seconds) except -1:
 
 
 cdef bytes new_buffer(size, offset):
-    if not 0 <= offset <= INT64_MAX:
-        raise ValueError(f"offset must be between 0 and {INT64_MAX} bytes, not {offset}")
-    if not 0 <= size <= INT64_MAX - offset:
-        raise ValueError(f"size must be between 0 and {INT64_MAX - offset} bytes at offset {offset}, not {size}")
-    return PyBytes_FromStringAndSize(NULL, size)
+    size, offset = index(size), index(offset)
+    check_range(offset, size)
+    try:
+        return PyBytes_FromStringAndSize(NULL, size)
+    except OverflowError:
+        raise MemoryError(f"no memory for {size} bytes") from None
 
 
 cdef void start_read(Visit *visit, int descriptor, bytes buffer, offset) noexcept:
@@ -474,6 +486,7 @@ def pread(int descriptor, size, offset):
         The bytes; fewer than `size` only where the file ends.
 
     Raises:
+        TypeError: A size or offset that is no integer.
         ValueError: A negative or overflowing size or offset.
         MemoryError: No memory for `size` bytes.
         OSError: What pread(2) says. EINTR is retried and never seen.

@@ -8,13 +8,14 @@ import os
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import gevent
 
 from ._syscalls import CloseMode, Job
-from .errors import DiskBusy, DiskFileChanged, DiskPathInvalid, DiskTimeout, from_errno
+from .errors import DiskBusy, DiskFileChanged, DiskPathInvalid, DiskTimeout, from_errno, printable
 from .limits import Limits, check_deadline
 from .workers import Load, Workers
 
@@ -324,7 +325,8 @@ class Disk:
     @property
     def status(self) -> DiskStatus:
         """The disk at this moment. Never touches the device."""
-        return DiskStatus(self._name, self.root, self._limits, self._workers.load, self._counts)
+        counts = replace(self._counts, errors=Counter(self._counts.errors))
+        return DiskStatus(self._name, self.root, self._limits, self._workers.load, counts)
 
     def close(self) -> None:
         """Let threads and descriptors go; what is stuck goes when the kernel lets it. Never blocks."""
@@ -345,7 +347,7 @@ class Disk:
 
     def __repr__(self) -> str:
         """Name and root."""
-        return f"<Disk {self._name} at {self.root}>"
+        return f"<Disk {self._name} at {None if self._root is None else printable(self._root)}>"
 
     # -- how a visit goes --------------------------------------------------------------------------------------------
 
@@ -496,7 +498,9 @@ class DiskFile:
             DiskError: As `Disk` says.
             ValueError: A negative number, or the file was closed.
         """
-        return self._read(offset, self._stat.size - offset if size is None else size, self._disk._ends(deadline))
+        ends = self._disk._ends(deadline)
+        offset = index(offset)
+        return self._read(offset, max(0, self._stat.size - offset) if size is None else index(size), ends)
 
     def chunks(
         self, start: int = 0, stop: int | None = None, *, deadline: float | None = None
@@ -517,7 +521,12 @@ class DiskFile:
             DiskError: As `Disk` says.
             ValueError: A negative start, or the file was closed.
         """
-        stop = self._stat.size if stop is None else min(stop, self._stat.size)
+        self._check_open()
+        if index(start) < 0:
+            raise ValueError(f"start must not be negative, not {start}")
+        if deadline is not None:
+            check_deadline(deadline)
+        stop = self._stat.size if stop is None else min(index(stop), self._stat.size)
         return self._chunks(start, stop, lambda: self._disk._ends(deadline))
 
     def close(self) -> None:
@@ -539,18 +548,23 @@ class DiskFile:
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         """Close the file when its last user forgot to."""
         if not getattr(self, "_closed", True) and self._descriptor >= 0:
-            _warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+            self._closed = True
+            descriptor, self._descriptor = self._descriptor, -1
+            self._disk._workers.close_descriptor_of_finalizer(descriptor)
+            _warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)  # last: it may be an error
 
     def __repr__(self) -> str:
         """Disk and path."""
-        return f"<DiskFile {self._disk.name}/{os.fsdecode(self._path)}>"
+        return f"<DiskFile {self._disk.name}/{printable(self._path)}>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"{self!r} was closed")
 
     # -- how a read goes ---------------------------------------------------------------------------------------------
 
     def _read(self, offset: int, size: int, ends: float) -> bytes:
-        if self._closed:
-            raise ValueError(f"{self!r} was closed")
+        self._check_open()
         if offset < 0 or size < 0:
             raise ValueError(f"offset and size must not be negative, not {offset} and {size}")
         in_memory = self._from_first(offset, size)
@@ -576,10 +590,10 @@ class DiskFile:
         return None
 
     def _chunks(self, start: int, stop: int, ends: Callable[[], float]) -> Generator[bytes, None, None]:
-        if start < 0:
-            raise ValueError(f"start must not be negative, not {start}")
+        if start >= stop:
+            return
         begin = start - self._first_offset
-        if begin >= 0 and len(self._first) > begin and start < stop:
+        if 0 <= begin < len(self._first):
             chunk: bytes | Exception = self._first[begin : begin + stop - start] if begin else self._first
         else:
             chunk = self._attempt(start, min(CHUNK, stop - start), ends())

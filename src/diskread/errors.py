@@ -38,10 +38,21 @@ class DiskError(OSError):
         self.path = path
         self.reason = reason
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copy and pickle as they are, whatever a class's own constructor takes."""
+        return _restore, (type(self), self.args, self.__dict__)
+
     def __str__(self) -> str:
         """Name the disk and the file, then say what happened."""
         where = self.disk if self.path is None else f"{self.disk}/{printable(self.path)}"
         return f"{where}: {self.reason}"
+
+
+def _restore(kind: type[DiskError], args: tuple[object, ...], state: dict[str, object]) -> DiskError:
+    error = kind.__new__(kind)
+    OSError.__init__(error, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def printable(path: bytes) -> str:

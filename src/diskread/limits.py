@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
+
+LONGEST_IDLE = 1_000_000
+"""Seconds. A lock of a native thread cannot wait for ever so long (threading.TIMEOUT_MAX); this is well within it."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Limits:
         if not 0 <= self.queue <= 1_000_000:
             raise ValueError(f"queue must be between 0 and 1000000, not {self.queue}")
         check_deadline(self.deadline)
-        if not 0 < self.idle < math.inf:
-            raise ValueError(f"idle must be a positive number of seconds, not {self.idle}")
+        if not 0 < self.idle <= LONGEST_IDLE:
+            raise ValueError(f"idle must be more than 0 and at most {LONGEST_IDLE} seconds, not {self.idle}")
 
 
 def check_deadline(seconds: float) -> float:

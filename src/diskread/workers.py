@@ -2,9 +2,8 @@
 
 The rules, each of which keeps a hung disk from using up more than its own share:
 
-* At most `threads` jobs are inside the kernel. A semaphore of slots stands in front of the pool, because the pool
-  itself would make its callers wait without a deadline, and would admit one more than its size
-  (`gevent.threadpool.ThreadPool.spawn`).
+* At most `threads` jobs are inside the kernel. The slots stand in front of the pool, because the pool itself would make
+  its callers wait without a deadline, and would admit one more than its size (`gevent.threadpool.ThreadPool.spawn`).
 * At most `queue` callers wait for a slot; one more is refused at once.
 * A slot is given back when the system call has returned, never when its caller gives up: otherwise each missed
   deadline would add a thread for as long as the disk hangs.
@@ -23,12 +22,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import gevent
-from gevent.lock import Semaphore
 from gevent.threadpool import ThreadPool
 
 from ._syscalls import Job
 from .errors import DiskBusy, DiskTimeout
 from .health import Health, State
+from .slots import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,11 +95,14 @@ class _Crew:
     def __init__(self, limits: Limits) -> None:
         self.process = os.getpid()
         self.hub = gevent.get_hub()
-        self.pool = ThreadPool(limits.threads, self.hub, idle_task_timeout=limits.idle)  # type: ignore[arg-type]  # any number
-        self.slots = Semaphore(limits.threads, self.hub)
+        self.pool = _new_pool(limits, self.hub)
+        self.slots = Slots(limits.threads)
         self.health = Health(limits.threads)
-        self.waiting = 0
         self.to_close: deque[int] = deque()
+
+
+def _new_pool(limits: Limits, hub: gevent.hub.Hub) -> ThreadPool:
+    return ThreadPool(limits.threads, hub, idle_task_timeout=limits.idle)  # type: ignore[arg-type]  # takes any number
 
 
 class Workers:
@@ -150,13 +152,13 @@ class Workers:
 
         Whatever else ends the wait (gevent.Timeout, a killed greenlet) passes through; the task is abandoned then.
         """
-        crew = self._crew_here()
         visit = _Visit(task, path, on_completed)
         try:
+            crew = self._crew_here()
             self._take_slot(crew, ends, longest_wait, path)
             result = self._start(crew, visit)
         except BaseException:
-            self._drop(crew, visit)
+            self._drop(visit)
             raise
         try:
             result.wait(None if ends == math.inf else max(0.0, ends - self._clock()))
@@ -170,21 +172,28 @@ class Workers:
     def close_descriptor(self, descriptor: int) -> None:
         """Close a descriptor of the disk in a worker as soon as a slot is free: close(2) can hang too.
 
-        Never blocks; may be called from any thread. The queue's length does not count here: whoever holds a descriptor
-        got it from these workers.
+        Never blocks. The queue's length does not count here: whoever holds a descriptor got it from these workers.
 
         Args:
             descriptor: Open descriptor; -1 is ignored.
         """
+        if descriptor >= 0:
+            crew = self._crew_of_process()
+            crew.to_close.append(descriptor)
+            if crew.hub.thread_ident == threading.get_ident():
+                self._close_waiting(crew)
+            else:
+                crew.hub.loop.run_callback_threadsafe(self._close_waiting, crew)
+
+    def close_descriptor_of_finalizer(self, descriptor: int) -> None:
+        """The same for finalizers, which run in any thread and in the middle of anything.
+
+        The garbage collector may call one while this very thread holds the lock of the pool's queue, so all that is
+        done here is to leave word for the hub.
+        """
         crew = self._crew
-        if descriptor < 0:
-            return
-        if crew is None or crew.process != os.getpid():
-            crew = self._crew = _Crew(self._limits)
-        crew.to_close.append(descriptor)
-        if crew.hub.thread_ident == threading.get_ident():
-            self._close_waiting(crew)
-        else:  # a finalizer, on whatever thread the garbage collector happened to run
+        if descriptor >= 0 and crew is not None and crew.process == os.getpid():
+            crew.to_close.append(descriptor)
             crew.hub.loop.run_callback_threadsafe(self._close_waiting, crew)
 
     def close(self) -> None:
@@ -205,19 +214,23 @@ class Workers:
             threads=crew.pool.size,
             in_flight=health.in_flight,
             stuck=health.stuck,
-            waiting=crew.waiting,
+            waiting=crew.slots.waiting,
             oldest=health.oldest_age(self._clock()),
             accepting=health.why_refused() is None,
         )
 
-    def _crew_here(self) -> _Crew:
+    def _crew_of_process(self) -> _Crew:
         if self._crew is None or self._crew.process != os.getpid():
             self._crew = _Crew(self._limits)
-        if self._crew.hub.thread_ident != threading.get_ident():
+        return self._crew
+
+    def _crew_here(self) -> _Crew:
+        crew = self._crew_of_process()
+        if crew.hub.thread_ident != threading.get_ident():
             raise RuntimeError(
                 f"{self._name}: a disk belongs to the native thread that used it first; give this thread its own"
             )
-        return self._crew
+        return crew
 
     def _take_slot(self, crew: _Crew, ends: float, longest_wait: float, path: bytes | None) -> None:
         if self._closed:
@@ -227,26 +240,23 @@ class Workers:
         refused = crew.health.why_refused()
         if refused is not None:
             raise DiskBusy(self._name, path, refused)
-        # Whoever comes while others wait goes behind them, even if a slot has just become free.
-        if crew.waiting == 0 and crew.slots.acquire(blocking=False):
+        remaining = ends - self._clock()
+        if remaining > 0 and crew.slots.take():
             return
-        if crew.waiting >= self._limits.queue:
+        if crew.slots.waiting >= self._limits.queue:
             raise DiskBusy(
                 self._name,
                 path,
-                f"all {self._limits.threads} slots are taken and {crew.waiting} reads wait for one already",
+                f"all {self._limits.threads} slots are taken and {crew.slots.waiting} reads wait for one already",
             )
-        timeout = min(ends - self._clock(), longest_wait)
-        crew.waiting += 1
-        try:
-            granted = crew.slots.acquire(timeout=None if timeout == math.inf else max(0.0, timeout))
-        finally:
-            crew.waiting -= 1
-        if not granted:
+        timeout = min(remaining, longest_wait)
+        if timeout <= 0 or not crew.slots.wait(None if timeout == math.inf else timeout):
             raise DiskTimeout(self._name, path, "waited too long for a free slot; nothing was read", started=False)
 
     def _start(self, crew: _Crew, visit: _Visit) -> AsyncResult[None]:
         """Hand a visit to the pool. The caller holds a slot for it, and has lost it when this fails. Never blocks."""
+        if not crew.pool.maxsize:  # something to close has turned up after the threads were let go
+            crew.pool = _new_pool(self._limits, crew.hub)
         try:
             result: AsyncResult[None] = crew.pool.spawn(visit.task.run)
         except RuntimeError as error:  # "can't start new thread"
@@ -266,10 +276,10 @@ class Workers:
             self._keep_descriptor(crew, visit)
         if visit.on_completed is not None:
             visit.on_completed()
-        crew.slots.release()
-        # The slot that has just become free goes to a descriptor that has to be closed before it goes to a reader
-        # that waits: `acquire` without blocking takes it before the semaphore's own notification runs.
-        self._close_waiting(crew)
+        if crew.to_close:
+            self._close_next(crew)  # in the slot that has just become free, before any reader
+        else:
+            crew.slots.release()
         self._dismiss_when_idle(crew)
 
     def _abandon(self, crew: _Crew, visit: _Visit) -> None:
@@ -282,13 +292,18 @@ class Workers:
         else:
             crew.health.abandoned(visit)
 
-    def _drop(self, crew: _Crew, visit: _Visit) -> None:
+    def _drop(self, visit: _Visit) -> None:
         """The visit could not be started."""
         visit.task.abandon()
-        self._keep_descriptor(crew, visit)
+        try:
+            descriptor = visit.task.take_descriptor()
+        except RuntimeError:
+            # gevent's pool had put the task in line before it failed to start a thread for it, and another thread is
+            # at it already. Being abandoned, the task closes what it has by itself.
+            descriptor = -1
         if visit.on_completed is not None:
             visit.on_completed()
-        self._close_waiting(crew)
+        self.close_descriptor(descriptor)
 
     def _keep_descriptor(self, crew: _Crew, visit: _Visit) -> None:
         descriptor = visit.task.take_descriptor()
@@ -296,16 +311,22 @@ class Workers:
             crew.to_close.append(descriptor)
 
     def _close_waiting(self, crew: _Crew) -> None:
-        """Start closing what waits to be closed, as far as there are free slots."""
-        while crew.to_close and crew.slots.acquire(blocking=False):
-            closing = _Visit(Job(descriptor=crew.to_close.popleft()), None, None)
-            closing.abandoned = True
-            try:
-                self._start(crew, closing)
-            except DiskBusy:  # no thread to be had: it stays in line until the next slot becomes free
-                self._keep_descriptor(crew, closing)
+        """Start to close what waits for it, as far as there are free slots."""
+        while crew.to_close and crew.slots.take():
+            if not self._close_next(crew):
                 return
 
+    def _close_next(self, crew: _Crew) -> bool:
+        """Close the next descriptor in a slot that the caller holds; False, and the slot is free, if it cannot be."""
+        closing = _Visit(Job(descriptor=crew.to_close.popleft()), None, None)
+        closing.abandoned = True
+        try:
+            self._start(crew, closing)
+        except DiskBusy:  # no thread to be had: it stays in line until the next slot becomes free
+            self._keep_descriptor(crew, closing)
+            return False
+        return True
+
     def _dismiss_when_idle(self, crew: _Crew) -> None:
-        if self._closed and not crew.health.in_flight and not crew.to_close and crew.pool.maxsize:
+        if self._closed and crew.slots.unused and not crew.to_close and crew.pool.maxsize:
             crew.pool.maxsize = 0  # unlike ThreadPool.kill() this does not wait for the threads
