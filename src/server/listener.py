@@ -177,6 +177,11 @@ class Handler(WSGIHandler):
             super().handle_error(t, v, tb)
         self.close_connection = True
 
+    def log_request(self) -> None:
+        """Write the access log; where there is none, do not even format its line."""
+        if self.server.logs:
+            super().log_request()
+
     def format_request(self) -> str:
         """The line of the access log, with everything unprintable escaped."""
         return printable(super().format_request().encode("utf-8", "backslashreplace"))
@@ -219,6 +224,7 @@ class Server(WSGIServer):
         self.idle_timeout = config.idle_timeout
         self.request_timeout = config.request_timeout
         self.draining = False
+        self.logs = access_log is not None
         self._simulation = simulation
         self._idle: set[socket.socket] = set()
         self._connections = Pool(config.connections)
@@ -252,7 +258,8 @@ class Server(WSGIServer):
                 return
             reply = answer(line, self._simulation, accepted)
             sock.sendall(reply)
-            self._log_line(address, line, reply, time.monotonic() - accepted)
+            if self.logs:
+                self._log_line(address, line, reply, time.monotonic() - accepted)
             _linger(sock, at_once=not rest and line.endswith(b"\n"))
         except (OSError, gevent.Timeout):
             pass  # the client went away, or was too slow: nobody is left to be told
