@@ -370,7 +370,13 @@ cdef class Job:
         return descriptor
 
     def take_root(self):
-        """Hand the descriptor of the root directory, when this visit opened it, to the caller; -1 when there is none."""
+        """Hand the descriptor of the root directory, when this visit opened it, to the caller; -1 when there is none.
+
+        Raises:
+            RuntimeError: The Job is running: the descriptor is its own then.
+        """
+        if load(&self._state) == RUNNING:
+            raise RuntimeError("the Job is running")
         descriptor, self.visit.opened_root = self.visit.opened_root, -1
         return descriptor
 

@@ -345,6 +345,11 @@ class Disk:
         """Close the disk."""
         self.close()
 
+    def __del__(self) -> None:
+        """Give the root's descriptor back when the last user forgot to close the disk."""
+        if getattr(self, "_root_fd", -1) >= 0:
+            os.close(self._root_fd)
+
     def __repr__(self) -> str:
         """Name and root."""
         return f"<Disk {self._name} at {None if self._root is None else printable(self._root)}>"

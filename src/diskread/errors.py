@@ -61,7 +61,10 @@ def printable(path: bytes) -> str:
 
 
 class DiskBusy(DiskError):
-    """The disk has no slot for this read and its queue is full, or all its slots are stuck. Raised at once."""
+    """The disk has no slot for this read: its queue is full, or all its slots are stuck. Raised at once.
+
+    Also when the process has no thread or no descriptor left.
+    """
 
     default_errno = errno.EBUSY
 
@@ -143,6 +146,8 @@ def from_errno(disk: str, path: bytes | None, code: int, step: int) -> DiskError
         The error, ready to be raised.
     """
     words = os.strerror(code)
+    if code in (errno.EMFILE, errno.ENFILE):
+        return DiskBusy(disk, path, f"{words}: this process has no descriptor left; raise its limit (ulimit -n)", code)
     if step == Step.STEP_ROOT:
         return DiskOffline(disk, path, f"its root directory cannot be opened: {words}", code)
     if step == Step.STEP_TYPE:

@@ -61,7 +61,7 @@ class Load:
         state: The verdict on the disk.
         threads: Native threads, idle ones included.
         in_flight: Operations inside the kernel: slots that are taken.
-        stuck: Those of them that nobody waits for any more.
+        stuck: Those of them that nobody waits for any more and that have had the disk's deadline for it.
         waiting: Callers that wait for a slot.
         oldest: Seconds that the oldest operation has been inside the kernel.
         accepting: Whether an operation has a chance: not when every slot is stuck.
@@ -79,11 +79,12 @@ class Load:
 class _Visit:
     """One task on its way: what the hub knows of it."""
 
-    __slots__ = ("abandoned", "completed", "on_completed", "path", "task")
+    __slots__ = ("abandoned", "asked", "completed", "on_completed", "path", "task")
 
-    def __init__(self, task: Task, path: bytes | None, on_completed: Callable[[], None] | None) -> None:
+    def __init__(self, task: Task, path: bytes | None, asked: float, on_completed: Callable[[], None] | None) -> None:
         self.task = task
         self.path = path
+        self.asked = asked
         self.on_completed = on_completed
         self.abandoned = False
         self.completed = False
@@ -97,7 +98,7 @@ class _Crew:
         self.hub = gevent.get_hub()
         self.pool = _new_pool(limits, self.hub)
         self.slots = Slots(limits.threads)
-        self.health = Health(limits.threads)
+        self.health = Health(limits.threads, limits.deadline)
         self.to_close: deque[int] = deque()
 
 
@@ -152,7 +153,7 @@ class Workers:
 
         Whatever else ends the wait (gevent.Timeout, a killed greenlet) passes through; the task is abandoned then.
         """
-        visit = _Visit(task, path, on_completed)
+        visit = _Visit(task, path, self._clock(), on_completed)
         try:
             crew = self._crew_here()
             self._take_slot(crew, ends, longest_wait, path)
@@ -208,15 +209,15 @@ class Workers:
         crew = self._crew
         if crew is None or crew.process != os.getpid():
             return Load()
-        health = crew.health
+        health, now = crew.health, self._clock()
         return Load(
-            state=health.state,
+            state=health.state(now),
             threads=crew.pool.size,
             in_flight=health.in_flight,
-            stuck=health.stuck,
+            stuck=health.stuck(now),
             waiting=crew.slots.waiting,
-            oldest=health.oldest_age(self._clock()),
-            accepting=health.why_refused() is None,
+            oldest=health.oldest_age(now),
+            accepting=health.why_refused(now) is None,
         )
 
     def _crew_of_process(self) -> _Crew:
@@ -237,7 +238,7 @@ class Workers:
             raise RuntimeError(f"{self._name}: the disk was closed")
         if gevent.getcurrent() is crew.hub:
             raise RuntimeError(f"{self._name}: the hub itself must not wait for a disk; spawn a greenlet")
-        refused = crew.health.why_refused()
+        refused = crew.health.why_refused(self._clock())
         if refused is not None:
             raise DiskBusy(self._name, path, refused)
         remaining = ends - self._clock()
@@ -258,6 +259,9 @@ class Workers:
         if not crew.pool.maxsize:  # something to close has turned up after the threads were let go
             crew.pool = _new_pool(self._limits, crew.hub)
         try:
+            if crew.pool.size <= crew.health.in_flight:
+                # Before the task is in the pool's line, from where nobody can take it back if this fails.
+                crew.pool.size = crew.health.in_flight + 1
             result: AsyncResult[None] = crew.pool.spawn(visit.task.run)
         except RuntimeError as error:  # "can't start new thread"
             crew.slots.release()
@@ -290,7 +294,7 @@ class Workers:
             self._keep_descriptor(crew, visit)
             self._close_waiting(crew)
         else:
-            crew.health.abandoned(visit)
+            crew.health.abandoned(visit, visit.asked)
 
     def _drop(self, visit: _Visit) -> None:
         """The visit could not be started."""
@@ -298,12 +302,17 @@ class Workers:
         try:
             descriptor = visit.task.take_descriptor()
         except RuntimeError:
-            # gevent's pool had put the task in line before it failed to start a thread for it, and another thread is
-            # at it already. Being abandoned, the task closes what it has by itself.
+            # An idle thread had just left, gevent's pool failed to start another with the task in its line already,
+            # and a third one is at it. Being abandoned, the task closes what it has by itself.
             descriptor = -1
         if visit.on_completed is not None:
             visit.on_completed()
         self.close_descriptor(descriptor)
+        crew = self._crew_of_process()
+        if crew.hub.thread_ident == threading.get_ident():
+            # The caller may have been killed just after a slot was handed to it: nobody else looks after that slot.
+            self._close_waiting(crew)
+            self._dismiss_when_idle(crew)
 
     def _keep_descriptor(self, crew: _Crew, visit: _Visit) -> None:
         descriptor = visit.task.take_descriptor()
@@ -318,10 +327,11 @@ class Workers:
 
     def _close_next(self, crew: _Crew) -> bool:
         """Close the next descriptor in a slot that the caller holds; False, and the slot is free, if it cannot be."""
-        closing = _Visit(Job(descriptor=crew.to_close.popleft()), None, None)
-        closing.abandoned = True
+        closing = _Visit(Job(descriptor=crew.to_close.popleft()), None, self._clock(), None)
+        closing.abandoned = True  # nobody waits for it
         try:
             self._start(crew, closing)
+            crew.health.abandoned(closing, closing.asked)
         except DiskBusy:  # no thread to be had: it stays in line until the next slot becomes free
             self._keep_descriptor(crew, closing)
             return False

@@ -268,14 +268,17 @@ def test_those_who_are_stuck_get_enotconn_when_the_daemon_dies(
 @pytest.mark.parametrize("options", [[], ["--direct-io"]], ids=["buffered", "direct_io"])
 def test_fifty_reads_are_held_at_once(make_faultfs: Callable[..., FaultFS], options: list[str]) -> None:
     disk = make_faultfs(*options)
-    files = [put(disk, f"f{k}") for k in range(50)]
-    healthy = put(disk, "healthy")
+    # Reads of more than a page: those of one page are not subject to the limit of the kernel (max_background).
+    size = 16 * PAGE
+    files = [put(disk, f"f{k}", 10 * size) for k in range(50)]
+    healthy = put(disk, "healthy", 10 * size)
     disk.hang(path="f*")
-    calls = [Call(read_at, file) for file in files]
-    assert len(disk.wait_held(50)) == 50
-    assert Call(read_at, healthy).result()
+    calls = [Call(read_at, file, 0, size) for file in files]
+    held = disk.wait_held(50)
+    assert {request.path for request in held} == {file.name for file in files}
+    assert len(Call(read_at, healthy, 0, size).result()) == size
     assert disk.release() == 50
-    assert all(call.result() for call in calls)
+    assert [len(call.result()) for call in calls] == [size] * 50
 
 
 def test_keep_cache_needs_dontneed_to_read_again(make_faultfs: Callable[..., FaultFS]) -> None:
@@ -636,7 +639,8 @@ print(disk.process.pid, disk.root, flush=True)
 """
 
 
-def test_the_daemon_dies_with_the_test_run(faultfs: FaultFS, scratch: Path) -> None:
+def test_the_daemon_dies_with_the_test_run(scratch: Path) -> None:
+    set_up(FaultFS).close()
     with subprocess.Popen(
         [sys.executable, "-c", KILLED_WHILE_STUCK],
         cwd=Path(__file__).parents[2],
@@ -649,8 +653,12 @@ def test_the_daemon_dies_with_the_test_run(faultfs: FaultFS, scratch: Path) -> N
         wait_until(lambda: thread_state(run.pid) == "D", "the read to be stuck")
         run.kill()
         assert run.wait(20) == -signal.SIGKILL
-        wait_until(lambda: thread_state(int(daemon)) in ("", "Z"), "the daemon to die")
-    subprocess.run(["umount", "-l", root], check=True)
+        try:
+            wait_until(lambda: thread_state(int(daemon)) in ("", "Z"), "the daemon to die")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(daemon), signal.SIGKILL)
+            subprocess.run(["umount", "-l", root], check=True)
 
 
 # Where an injector cannot be used

@@ -1,0 +1,121 @@
+"""Fixtures of the library's tests: files, disks that close themselves, and a look at what a test left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import gevent
+import pytest
+
+from diskread import Disk, Limits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MakeDisk = Callable[..., Disk]
+RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
+
+SMALL = bytes(range(256)) * 4
+LARGE = bytes(each % 251 for each in range(700_001))
+
+
+def until(condition: Callable[[], object], what: str = "the condition", seconds: float = 20.0) -> None:
+    """Let the hub run until the condition holds; fail when it does not within a time that no machine needs."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, f"waited {seconds} s for {what}"
+        gevent.sleep(0.005)
+
+
+def descriptors() -> dict[int, str]:
+    """The open descriptors of this process and what they lead to."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # the one that listed the directory
+            continue
+    return found
+
+
+def native_threads() -> set[str]:
+    """The ids of the native threads of this process."""
+    return set(os.listdir("/proc/self/task"))
+
+
+@pytest.fixture
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test after which a descriptor or a native thread stays behind."""
+    watcher = gevent.get_hub().loop.async_()  # makes the loop open its own descriptors now
+    watcher.start(lambda: None)
+    watcher.stop()
+    watcher.close()
+    descriptors_before, threads_before = descriptors(), native_threads()
+    yield
+
+    def left() -> tuple[dict[int, str], set[str]]:
+        return dict(descriptors().items() - descriptors_before.items()), native_threads() - threads_before
+
+    for attempt in range(1, 5_001):
+        if not any(left()):
+            break
+        if attempt % 200 == 0:
+            gc.collect()
+        gevent.sleep(0.002)
+    assert left() == ({}, set())
+    assert not descriptors_before.keys() - descriptors().keys(), "a descriptor that was not the test's was closed"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A directory with a small file, a large file, an empty file and a directory."""
+    directory = tmp_path / "root"
+    directory.mkdir()
+    (directory / "small").write_bytes(SMALL)
+    (directory / "large").write_bytes(LARGE)
+    (directory / "empty").write_bytes(b"")
+    (directory / "directory").mkdir()
+    (directory / "directory" / "inner").write_bytes(b"inner")
+    return directory
+
+
+@pytest.fixture
+def make_disk(nothing_left_behind: None, root: Path) -> Iterator[MakeDisk]:
+    """Make disks on `root` with the given limits; they are closed after the test."""
+    disks = []
+
+    def make(**limits: float) -> Disk:
+        disks.append(Disk("d1", root, Limits(**limits)))  # type: ignore[arg-type]  # threads and queue are given as int
+        return disks[-1]
+
+    yield make
+    for disk in disks:
+        disk.close()
+
+
+@pytest.fixture
+def gate(nothing_left_behind: None) -> Iterator[threading.Event]:
+    """An event for blocking calls to wait for; set after the test in any case."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> RunScript:
+    """Run a Python program in a fresh interpreter, which has `timeout` seconds to end."""
+
+    def run(text: str, *arguments: object, timeout: float = 30) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "script.py"
+        script.write_text(text)
+        command = [sys.executable, str(script), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return run
