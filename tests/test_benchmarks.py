@@ -10,9 +10,9 @@ from pathlib import Path
 import gevent
 import msgspec
 import pytest
-from benchmarks import gil, machine
 from hdrh.histogram import HdrHistogram
 
+from benchmarks import gil, machine
 from diskread._syscalls import stall
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,7 +30,8 @@ cdef struct Visit:
     uint64_t device
     uint64_t inode
     int64_t file_size
-    int64_t mtime_ns
+    int64_t mtime_sec
+    int64_t mtime_nsec
     size_t count            # bytes read
     int64_t started_ns      # CLOCK_MONOTONIC
     int64_t finished_ns

@@ -62,14 +62,15 @@ cdef extern from *:
     }
 
     static int diskread_fstat(int descriptor, uint32_t *mode, uint64_t *device, uint64_t *inode, int64_t *size,
-                              int64_t *mtime_ns) {
+                              int64_t *mtime_sec, int64_t *mtime_nsec) {
         struct stat result;
         if (fstat(descriptor, &result) != 0) return -1;
         *mode = result.st_mode;
         *device = result.st_dev;
         *inode = result.st_ino;
         *size = result.st_size;
-        *mtime_ns = (int64_t)result.st_mtim.tv_sec * 1000000000 + result.st_mtim.tv_nsec;
+        *mtime_sec = result.st_mtim.tv_sec;
+        *mtime_nsec = result.st_mtim.tv_nsec;
         return 0;
     }
 
@@ -92,8 +93,12 @@ cdef extern from *:
     int open_beneath "diskread_open_beneath"(int directory, const char *path) nogil
     int open_root "diskread_open_root"(const char *path) nogil
     int fstat_into "diskread_fstat"(int descriptor, uint32_t *mode, uint64_t *device, uint64_t *inode, int64_t *size,
+<<<<<<< HEAD
                                     int64_t *mtime_ns) nogil
     int device_of "diskread_device"(int descriptor, uint64_t *device) nogil
+=======
+                                    int64_t *mtime_sec, int64_t *mtime_nsec) nogil
+>>>>>>> main
     bint is_regular "diskread_is_regular"(uint32_t mode) nogil
     bint is_directory "diskread_is_directory"(uint32_t mode) nogil
     int load "diskread_load"(int *flag) nogil
@@ -203,7 +208,8 @@ cdef int do_open(Visit *visit) noexcept nogil:
 
 
 cdef int do_stat(Visit *visit) noexcept nogil:
-    if fstat_into(visit.descriptor, &visit.mode, &visit.device, &visit.inode, &visit.file_size, &visit.mtime_ns) != 0:
+    if fstat_into(visit.descriptor, &visit.mode, &visit.device, &visit.inode, &visit.file_size, &visit.mtime_sec,
+                  &visit.mtime_nsec) != 0:
         return fail(visit, STEP_STAT, errno)
     visit.has_stat = 1
     if not is_regular(visit.mode):
@@ -447,7 +453,9 @@ cdef class Job:
         """(size in bytes, mtime in nanoseconds, inode, device) of a file that the visit opened, else None."""
         if not self.visit.has_stat:
             return None
-        return self.visit.file_size, self.visit.mtime_ns, self.visit.inode, self.visit.device
+        # As Python objects: nanoseconds since 1970 exceed 64 bits in the year 2262, file systems go further.
+        mtime_ns = <object>self.visit.mtime_sec * 1000000000 + <object>self.visit.mtime_nsec
+        return self.visit.file_size, mtime_ns, self.visit.inode, self.visit.device
 
     @property
     def root_device(self):

@@ -58,6 +58,7 @@ def create_app(disks: Disks | None = None, *, stalls: bool | None = None) -> fal
     if stalls is None:
         stalls = SIMULATED in disks
     app = falcon.App()
+    app.set_error_serializer(_serialize_error)
     app.add_error_handler(DiskError, _disk_error)
     app.add_error_handler(Exception, _internal_error)
     app.add_route("/v1/{disk}/{path:path}", ObjectResource(disks))
@@ -94,6 +95,12 @@ class _SimulationSink:
             raise falcon.HTTPError(falcon.HTTP_408, title="Timed out in the queue", description=str(failed)) from failed
         resp.content_type = falcon.MEDIA_TEXT
         resp.data = b"%d,%b" % (int(total * 1000), wanted.path)
+
+
+def _serialize_error(_request: falcon.Request, response: falcon.Response, error: falcon.HTTPError) -> None:
+    """JSON, whatever the client would rather have: it is better than no word at all."""
+    response.content_type = falcon.MEDIA_JSON
+    response.data = error.to_json()
 
 
 def _disk_error(_request: falcon.Request, _response: falcon.Response, error: DiskError, _params: object) -> None:

@@ -107,8 +107,8 @@ def check(config: ServerConfig) -> ServerConfig:
     """
     if not 0 <= config.port <= 65535:
         raise _Wrong(["port"], f"must be between 0 and 65535, not {config.port}")
-    if config.connections < 1:
-        raise _Wrong(["connections"], f"must be at least 1, not {config.connections}")
+    if not 1 <= config.connections <= 1_000_000:
+        raise _Wrong(["connections"], f"must be between 1 and 1000000, not {config.connections}")
     for key in ("idle_timeout", "request_timeout", "drain_timeout"):
         if not getattr(config, key) > 0:
             raise _Wrong([key], f"must be a positive number of seconds, not {getattr(config, key)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import email.errors
 import io
 import logging
 import re
@@ -10,6 +11,7 @@ import socket as native_socket
 import sys
 import time
 from datetime import datetime
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, TextIO
 
 import gevent
@@ -37,11 +39,23 @@ LONGEST_HEAD = 64 * 1024
 LINGER = 2.0
 """Seconds in which what a client still sends after our reply is thrown away, lest a reset destroys the reply."""
 
+UNSENT = 64 * 1024
+"""Bytes that the kernel may hold of a response that it has not sent yet."""
+
 BACKLOG = 65_535  # the kernel caps it at net.core.somaxconn: listen(2)
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HTTP = re.compile(_TOKEN + rb" \S+ HTTP/1\.[0-9]\r?\n?\Z")
 _HTTP_BEGINNING = re.compile(rb"[A-Z]+ (/|https?://)")  # of a line that is too long for the line protocol
+
+_NOT_ASCII = re.compile(r"[^\x20-\x7e\r\n]")
+_ABSOLUTE = re.compile(r"https?://[^/?]*", re.IGNORECASE)
+_MALFORMED = (
+    email.errors.MissingHeaderBodySeparatorDefect,
+    email.errors.FirstHeaderLineIsContinuationDefect,
+    email.errors.InvalidHeaderDefect,
+    email.errors.MisplacedEnvelopeHeaderDefect,
+)
 
 _REPLY_400 = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _REPLY_408 = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
@@ -73,6 +87,11 @@ class Connection(io.RawIOBase):
         """It is."""
         return True
 
+    @property
+    def ahead(self) -> bool:
+        """Whether there is something that was read already."""
+        return bool(self._ahead)
+
     def push_back(self, data: bytes) -> None:
         """Have the next reads return `data` first."""
         self._ahead = data + self._ahead
@@ -84,6 +103,8 @@ class Connection(io.RawIOBase):
             buffer[:count], self._ahead = self._ahead[:count], self._ahead[count:]
         else:
             count = self.sock.recv_into(buffer)
+            if not count and self.budget is not None:
+                raise ConnectionAbortedError("the input ends within the head of a request")
         if self.budget is not None:
             self.budget -= count
             if self.budget < 0:
@@ -108,30 +129,46 @@ class Handler(WSGIHandler):
     def read_requestline(self) -> str:
         """Wait for a request as long as an idle connection may last, then for its line as long as a head may take."""
         self.connection.budget = None
-        if not self.server.draining:
+        if not self.connection.ahead:
+            if self.server.draining:
+                return ""  # as at the end of the input: who has his answer is not owed another one
             with self.server.idle(self.socket):
                 self.rfile.peek(1)
         self.received = time.monotonic()
         self.connection.budget = LONGEST_HEAD
         self._head_timer.start()
         line: str = super().read_requestline()
-        return line
+        # pywsgi splits and strips this as text, where 0x85 and 0xA0, which are bytes of UTF-8, are white space.
+        return _NOT_ASCII.sub(lambda each: f"%{ord(each[0]):02X}", line)
 
     def handle_one_request(self) -> Any:
         """Serve one request; hang up on a client that cannot finish its head in time or in size."""
         self._head_timer = gevent.Timeout(self.server.request_timeout)
+        # pywsgi would log a request that is none with what it knows of the last one.
+        self.requestline, self._orig_status, self.response_length, self._unread = "", None, 0, False
         try:
-            return super().handle_one_request()
+            result = super().handle_one_request()
         except gevent.Timeout as timeout:
             if timeout is not self._head_timer:
                 raise
-            return "408", _REPLY_408
+            result = "408", _REPLY_408
         finally:
             self._head_timer.close()
+        if isinstance(result, tuple):
+            self.status, reply = result
+            self._unread = True
+            self.socket.sendall(reply)
+            self.response_length, self.time_finish = len(reply), time.time()
+            self.log_request()
+            result = None
+        if result is None and self._unread:
+            _linger(self.socket, at_once=False)
+        return result
 
     def _handle_client_error(self, ex: Exception) -> tuple[str, bytes]:
         # A client's mistake is worth no line in the log of a server that is open to all.
-        if isinstance(ex, HeadTooLarge):
+        # HTTPException: more than 100 headers; the status of headers: a line of them is longer than 64 KiB.
+        if isinstance(ex, (HeadTooLarge, HTTPException)) or self.headers.status:
             return "431", _REPLY_431
         if isinstance(ex, (ValueError, OSError)):
             return "400", _REPLY_400
@@ -145,15 +182,32 @@ class Handler(WSGIHandler):
         finally:
             self._head_timer.close()
             self.connection.budget = None
+        self._check_headers()
         if self.content_length or self.headers.get("transfer-encoding"):
-            self.close_connection = True
+            self.close_connection = self._unread = True
             self.content_length = 0
             for name in ("content-length", "transfer-encoding", "expect"):
                 del self.headers[name]
         assert self.path is not None
-        if self.path.startswith(("http://", "https://")):  # absolute form: RFC 9112, 3.2.2
-            self.path = "/" + self.path.partition("//")[2].partition("/")[2]
+        absolute = _ABSOLUTE.match(self.path)
+        if absolute:  # RFC 9112, 3.2.2
+            self.path = "/" + self.path[absolute.end() :].removeprefix("/")
         return result
+
+    def _check_headers(self) -> None:
+        """Refuse what this server and a proxy in front of it could understand differently (RFC 9112, 11.2)."""
+        if any(isinstance(defect, _MALFORMED) for defect in self.headers.defects) or self.headers.get_payload():
+            raise ValueError("a line of the headers is none")
+        if len(set(self.headers.get_all("content-length", ()))) > 1:
+            raise ValueError("two lengths")
+
+    def _sendall(self, data: bytes) -> None:
+        """Send all of it; the socket's time-out is for a client that takes nothing, not for a slow one."""
+        view = memoryview(data)
+        while view:
+            sent = self.socket.send(view)
+            self.response_length += sent
+            view = view[sent:]
 
     def get_environ(self) -> dict[str, Any]:
         """Tell the application since when the request has been waiting."""
@@ -180,7 +234,8 @@ class Handler(WSGIHandler):
     def log_request(self) -> None:
         """Write the access log; where there is none, do not even format its line."""
         if self.server.logs:
-            super().log_request()
+            with contextlib.suppress(OSError):  # a full disk is no reason not to serve the others
+                super().log_request()
 
     def format_request(self) -> str:
         """The line of the access log, with everything unprintable escaped."""
@@ -247,7 +302,10 @@ class Server(WSGIServer):
         accepted = time.monotonic()
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.settimeout(self.idle_timeout)
+            # Without it, a slow client's full send buffer (4 MB) would have to drain by a third before a send goes on.
+            sock.setsockopt(socket.IPPROTO_TCP, native_socket.TCP_NOTSENT_LOWAT, UNSENT)
+            # Accepted just before a drain began: served if its request is here already.
+            sock.settimeout(0.1 if self.draining else self.idle_timeout)
             line, rest = self._first_line(sock)
             if not line:
                 return
@@ -259,7 +317,8 @@ class Server(WSGIServer):
             reply = answer(line, self._simulation, accepted)
             sock.sendall(reply)
             if self.logs:
-                self._log_line(address, line, reply, time.monotonic() - accepted)
+                with contextlib.suppress(OSError):
+                    self._log_line(address, line, reply, time.monotonic() - accepted)
             _linger(sock, at_once=not rest and line.endswith(b"\n"))
         except (OSError, gevent.Timeout):
             pass  # the client went away, or was too slow: nobody is left to be told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mimetypes
+import re
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _TYPES = mimetypes.MimeTypes()  # the built-in table: the one of the system is on a disk, too
 
 
+_RANGE = re.compile(r"(?=-?[0-9])([0-9]{0,100})-([0-9]{0,100})")
 _LARGEST_OFFSET = 2**62  # beyond the largest file there is; keeps offset plus size within 64 bits
 
 
@@ -139,10 +141,19 @@ def _wanted_range(request: falcon.Request) -> tuple[int, int] | None:
     A server ignores units that it does not know, and may ignore several ranges at once (RFC 9110, 14.2): the whole
     file is a correct answer to both.
     """
-    value = request.get_header("Range")
-    if value is None or not value.strip().lower().startswith("bytes") or "," in value:
+    value = request.get_header("Range", default="")
+    unit, _, ranges = value.partition("=")
+    if unit.strip().lower() != "bytes" or "," in value:
         return None
-    return request.range
+    found = _RANGE.fullmatch(ranges.strip())
+    if found is None:
+        raise falcon.HTTPInvalidHeader("It must be FIRST-LAST, FIRST- or -LENGTH.", "Range")
+    first, last = found[1], found[2]
+    if not first:
+        return (-int(last), -1) if int(last) else (_LARGEST_OFFSET, -1)  # the last 0 bytes: no byte at all
+    if last and int(last) < int(first):
+        raise falcon.HTTPInvalidHeader("Its last byte is before its first.", "Range")
+    return int(first), int(last or -1)
 
 
 def _first_piece(wanted: tuple[int, int] | None) -> tuple[int, int]:
@@ -196,11 +207,12 @@ def _matches(etags: Sequence[falcon.ETag | str], etag: falcon.ETag, *, strong: b
 
 def _date(request: falcon.Request, header: str) -> datetime | None:
     try:
-        return request.get_header_as_datetime(header)
+        return request.get_header_as_datetime(header, obs_date=True)
     except falcon.HTTPInvalidHeader:
         return None  # a date that is none is ignored (RFC 9110, 13.1.3)
 
 
 def _content_type(path: bytes) -> str:
-    kind, encoding = _TYPES.guess_type(path.decode("latin-1"))
+    # "./": guess_type takes a URL, and a name may look like one.
+    kind, encoding = _TYPES.guess_type("./" + path.rpartition(b"/")[2].decode("latin-1"))
     return kind if kind is not None and encoding is None else "application/octet-stream"

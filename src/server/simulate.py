@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from diskread import Disk, DiskBusy, DiskError, DiskIOError, DiskOffline, DiskTimeout, Limits
+from diskread import Disk, DiskBusy, DiskError, DiskFileChanged, DiskIOError, DiskOffline, DiskTimeout, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -147,4 +147,4 @@ def _status_of(error: DiskError, total: float) -> Status:
         return Status.QUEUE_TIMEOUT if not error.started and total >= LONGEST_WAIT else Status.DEADLINE
     if isinstance(error, (DiskBusy, DiskOffline)):
         return Status.REFUSED
-    return Status.IO_ERROR if isinstance(error, DiskIOError) else Status.NO_FILE
+    return Status.IO_ERROR if isinstance(error, (DiskIOError, DiskFileChanged)) else Status.NO_FILE

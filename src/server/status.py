@@ -135,6 +135,8 @@ class StatusResource:
         response.cache_control = ["no-store"]
         response.data = msgspec.json.encode(document)
 
+    on_head = on_get
+
 
 class MetricsResource:
     """`/metrics`: OpenMetrics."""
@@ -151,6 +153,8 @@ class MetricsResource:
         response.content_type = CONTENT_TYPE_LATEST
         response.data = generate_latest(self._registry)  # type: ignore[no-untyped-call]
 
+    on_head = on_get
+
 
 class HealthResource:
     """`/healthz`: the process lives and its hub turns."""
@@ -159,6 +163,8 @@ class HealthResource:
         """Say so."""
         response.content_type = falcon.MEDIA_TEXT
         response.text = "ok\n"
+
+    on_head = on_get
 
 
 class ReadyResource:
@@ -169,11 +175,15 @@ class ReadyResource:
         self._disks = disks
 
     def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
-        """200 when one does, else 503."""
-        ready = any(disk.load.accepting for disk in self._disks.status)
+        """200 when one does, else 503. The disk for simulated stalls counts only where there is no other."""
+        disks = self._disks.status
+        real = [disk for disk in disks if disk.root is not None]
+        ready = any(disk.load.accepting for disk in real or disks)
         response.status = falcon.HTTP_200 if ready else falcon.HTTP_503
         response.content_type = falcon.MEDIA_TEXT
         response.text = "ready\n" if ready else "no disk takes requests\n"
+
+    on_head = on_get
 
 
 class PageResource:
@@ -192,3 +202,5 @@ class PageResource:
             "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'",
         )
         response.data = self._page
+
+    on_head = on_get

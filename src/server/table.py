@@ -20,11 +20,11 @@ def disks_table(status: StatusDocument, title: str) -> Table:
         status: What `/status` said.
         title: Text above it.
     """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("disk")
-    table.add_column("state")
-    for heading in ("in flight", "stuck", "waiting", "oldest", "reads", "errors", "timeouts", "rejections"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("disk", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for heading in ("slots", "stuck", "waiting", "oldest", "reads", "errors", "missed", "refused"):
+        table.add_column(heading, justify="right")  # wraps before a name does
     for disk in status.disks:
         state, style = (disk.state, _STYLES.get(disk.state, "")) if disk.accepting else ("refusing", "bold red")
         table.add_row(

@@ -132,6 +132,10 @@ def serve(path: Path | None, disks: tuple[tuple[str, str], ...], **options: Any)
     SIGTERM and SIGINT free the port at once and let requests finish (drain); a second signal does not wait.
     Exit status: 0 after a drain, 1 when the server could not start, 2 for wrong options.
     """
+    names = [name for name, _ in disks]
+    for name in names:
+        if names.count(name) > 1:
+            raise click.UsageError(f"two disks are called {name}; give each a name of its own")
     try:
         run(_merge(path, dict(disks), options))
     except configuration.ConfigError as error:
@@ -243,5 +247,8 @@ def _access_log(name: str | None) -> Iterator[TextIO | None]:
             log = open(name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed below
         except OSError as error:
             raise click.ClickException(f"cannot write the access log {name}: {error.strerror}") from error
-        with log:
+        try:
             yield log
+        finally:
+            with contextlib.suppress(OSError):  # what could not be written before cannot be now
+                log.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import sys
 import time
 import urllib.error
@@ -79,7 +80,7 @@ def _fetch(address: str) -> bytes:
     except urllib.error.HTTPError as error:
         error.close()
         raise CannotRun(f"{address} answers {error.code}: is it a diskread server?") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise CannotRun(f"{address} does not answer ({reason}); 'diskread serve' starts a server") from error
 

@@ -1,0 +1,1 @@
+"""Benchmarks: one file per question, their results in `results/`. See README.md beside this file."""
