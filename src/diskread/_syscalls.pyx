@@ -93,12 +93,8 @@ cdef extern from *:
     int open_beneath "diskread_open_beneath"(int directory, const char *path) nogil
     int open_root "diskread_open_root"(const char *path) nogil
     int fstat_into "diskread_fstat"(int descriptor, uint32_t *mode, uint64_t *device, uint64_t *inode, int64_t *size,
-<<<<<<< HEAD
-                                    int64_t *mtime_ns) nogil
-    int device_of "diskread_device"(int descriptor, uint64_t *device) nogil
-=======
                                     int64_t *mtime_sec, int64_t *mtime_nsec) nogil
->>>>>>> main
+    int device_of "diskread_device"(int descriptor, uint64_t *device) nogil
     bint is_regular "diskread_is_regular"(uint32_t mode) nogil
     bint is_directory "diskread_is_directory"(uint32_t mode) nogil
     int load "diskread_load"(int *flag) nogil

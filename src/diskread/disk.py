@@ -27,7 +27,7 @@ from .errors import (
     root_lost,
 )
 from .limits import Limits, check_deadline
-from .probe import RootLost, probe
+from .probe import OUT_OF_RESOURCES, RootLost, probe
 from .workers import Load, Workers
 
 if TYPE_CHECKING:
@@ -471,7 +471,7 @@ class Disk:
     def _probed(self, call: _Call) -> None:
         if isinstance(call.error, RootLost):
             self._lose_root(root_lost(call.error.errno or 0))
-        elif isinstance(call.error, OSError):
+        elif isinstance(call.error, OSError) and call.error.errno not in OUT_OF_RESOURCES:
             # The disk has answered, with an error. That is for its readers to hear, and no reason to refuse them.
             self._counts.errors[_errno_name(call.error.errno or 0)] += 1
             self._workers.root_found()

@@ -2,7 +2,8 @@
 
 A disk is OFFLINE when it makes no progress: an operation has been inside the kernel for `offline_after` seconds, and
 in that time none has completed. Slow is not stuck: a disk that completes operations, however slowly, stays ONLINE. An
-operation that fails has completed, too: the disk has answered.
+operation that fails has completed, too: the disk has answered. Only a close that returns proves nothing: close(2)
+seldom reaches the device (never on ext4 and xfs: clients that leave a dead disk must not make it look alive).
 
     ONLINE <-> SUSPECT      an operation is stuck: it has had the disk's deadline, and its caller has given up
     any -> OFFLINE          no progress; or the root is not there; or by hand
@@ -77,6 +78,7 @@ class Health:
         self._patience = limits.deadline * 0.95
         self._in_flight: dict[object, float] = {}
         self._abandoned: dict[object, float] = {}
+        self._closing: set[object] = set()
         self._progress = now
         self._reason: str | None = None
         self._missing = False
@@ -98,8 +100,11 @@ class Health:
         self._in_flight[operation] = now
         if kind == "probe":
             self._probe = operation
-            self._schedule_probe(now)
-        elif kind == "request" and self._half_open and self._trial is None:
+            if self._reason is not None:
+                self._schedule_probe(now)
+        elif kind == "close":
+            self._closing.add(operation)
+        elif self._half_open and self._trial is None:
             self._trial = operation
         self._update(now)
 
@@ -120,50 +125,54 @@ class Health:
         self._update(now)  # the time before this moment is judged without it
         del self._in_flight[operation]
         self._abandoned.pop(operation, None)
-        self._progress = now
-        was_half_open = self._half_open
-        if self._reason is not None and not self._missing and not self._by_hand:
-            self._reason = None
-            self._half_open = True
-        if operation is self._trial or operation is self._probe:
-            if was_half_open:
-                self._half_open = False
-                self._interval = self._limits.probe_interval
-            self._trial = None if operation is self._trial else self._trial
-            self._probe = None if operation is self._probe else self._probe
+        if operation in self._closing:
+            self._closing.remove(operation)
+        else:
+            self._progress = now
+            if self._reason is None:
+                if operation in (self._trial, self._probe):
+                    self._half_open = False
+            elif not self._missing and not self._by_hand:
+                self._admit_again(now, half_open=True)
+        self._trial = None if operation == self._trial else self._trial
+        self._probe = None if operation == self._probe else self._probe
         self._update(now)
 
     def await_first_answer(self, now: float) -> None:
         """Nothing is known of the disk yet: OFFLINE until it answers a first probe, then ONLINE without a trial."""
-        self._reason, self._missing, self._awaited = "it has not answered yet", True, True
-        self._next_probe = now
-        self._update(now)
+        if not self._by_hand:
+            self._refuse("it has not answered yet", now)
+            self._missing = self._awaited = True
+            self._update(now)
 
     def missing(self, reason: str, now: float) -> None:
         """The root is not there, or not the one that it was. Only `found` (or a hand) ends that."""
         if not self._by_hand:
             if self._reason is None:
-                self._interval = self._limits.probe_interval
+                self._refuse(reason, now)
                 self._schedule_probe(now)
-            self._reason, self._missing, self._half_open, self._trial = reason, True, False, None
+            self._reason, self._missing = reason, True
             self._update(now)
 
     def found(self, now: float) -> None:
         """The root is there (again)."""
-        if self._missing and not self._by_hand:
-            self._reason, self._missing, self._half_open, self._awaited = None, False, not self._awaited, False
+        if self._missing:
+            self._admit_again(now, half_open=not self._awaited)
             self._update(now)
 
     def set_offline(self, reason: str, now: float) -> None:
         """By hand. Wins over everything until `set_online`; there are no probes meanwhile."""
-        self._reason, self._by_hand, self._missing, self._half_open, self._trial = reason, True, False, False, None
+        self._refuse(reason, now)
+        self._by_hand, self._missing, self._awaited = True, False, False
         self._update(now)
 
     def set_online(self, now: float) -> None:
-        """By hand: forget the verdict, whoever spoke it, and let one request try."""
-        self._reason, self._by_hand, self._missing, self._half_open, self._trial = None, False, False, True, None
-        self._progress = now
+        """By hand: forget that the disk is OFFLINE, whoever said so, and let one request try."""
         self._update(now)
+        if self._reason is not None:
+            self._admit_again(now, half_open=True)
+            self._progress = now
+            self._update(now)
 
     # -- verdict -----------------------------------------------------------------------------------------------------
 
@@ -186,8 +195,13 @@ class Health:
         """Whether a new request may go to the disk: None, or why not. Always at once."""
         self._update(now)
         if self._reason is not None:
-            wait = None if self._by_hand else max(0.0, self._next_probe - now)
-            return Refusal(True, f"offline for {now - self._since:.0f} s: {self._reason}", wait)
+            text = f"offline for {now - self._since:.0f} s: {self._reason}"
+            if self._by_hand:
+                return Refusal(True, text, None)
+            if self._probe is not None:
+                return Refusal(True, f"{text}; a probe is under way", self._limits.probe_interval)
+            wait = max(0.0, self._next_probe - now)
+            return Refusal(True, f"{text}; next probe in {wait:.1f} s", wait)
         if self._half_open and (self._trial is not None or len(self._in_flight) >= self._limits.threads):
             return Refusal(True, "coming back: one request at a time may try", self._limits.probe_interval)
         threads = self._limits.threads
@@ -202,7 +216,10 @@ class Health:
         return self._probe is None and now >= self._probe_time()
 
     def next_event(self, now: float) -> float:
-        """The time at which the disk goes OFFLINE, or a probe falls due, if nothing else happens; `math.inf`: never."""
+        """The time at which the disk goes OFFLINE, or a probe falls due, if nothing else happens; `math.inf`: never.
+
+        In the past only when a probe is due; whoever can send none then says so with `postpone_probe`.
+        """
         self._update(now)
         verdict = self._stalled_at() if self._reason is None else math.inf
         probe = self._probe_time() if self._probe is None else math.inf
@@ -238,10 +255,7 @@ class Health:
 
     def _update(self, now: float) -> None:
         if self._reason is None and now >= self._stalled_at():
-            self._reason = f"no operation has completed for {self._limits.offline_after:g} s"
-            self._half_open, self._trial = False, None
-            self._interval = self._limits.probe_interval
-            self._next_probe = now
+            self._refuse(f"no operation has completed for {self._limits.offline_after:g} s", now)
         if self._reason is not None:
             state = State.OFFLINE
         elif self._half_open:
@@ -257,10 +271,26 @@ class Health:
             return math.inf
         if self._reason is not None:
             return self._next_probe
-        if self._in_flight or self._limits.offline_after == math.inf:
-            return math.inf  # what is under way tells as much as a probe would; or nobody wants a verdict
-        return self._progress + self._limits.idle_probe - self._limits.offline_after
+        if self._limits.offline_after == math.inf:
+            return math.inf  # nobody wants a verdict
+        if self._in_flight:
+            # Half of the time is over: is it the disk that hangs, or only what was asked of it?
+            due = self._stalled_at() - self._limits.offline_after / 2
+        else:
+            due = self._progress + self._limits.idle_probe - self._limits.offline_after
+        return max(due, self._next_probe)
 
     def _schedule_probe(self, now: float) -> None:
-        self._next_probe = now + self._interval * (0.75 + 0.5 * self._jitter())
+        self._next_probe = now + self._interval * (1 - self._jitter() / 4)
         self._interval = min(self._interval * 2, self._limits.probe_interval_max)
+
+    def _refuse(self, reason: str, now: float) -> None:
+        """Go OFFLINE, and send the first probe at once."""
+        self._reason, self._half_open, self._trial = reason, False, None
+        self._interval, self._next_probe = self._limits.probe_interval, now
+
+    def _admit_again(self, now: float, *, half_open: bool) -> None:
+        """Leave OFFLINE."""
+        self._reason, self._half_open, self._trial = None, half_open, None
+        self._missing = self._awaited = self._by_hand = False
+        self._interval, self._next_probe = self._limits.probe_interval, now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ SHORTEST_WAIT = 0.01
 class Monitor:
     """One timer of the event loop, set to the next time at which the health of a disk may change by itself.
 
-    The timer holds no reference on the loop: a program whose greenlets have all ended is not kept alive by it.
+    The timer holds no reference on the loop: a program whose greenlets have all ended is not kept alive by it. Nor does
+    the loop, by way of the timer, keep the monitor alive, and with it a disk that nobody uses any more.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Monitor:
         self._due = due
         if due != math.inf:
             self._timer = self._hub.loop.timer(max(SHORTEST_WAIT, due - self._clock()), ref=False)
-            self._timer.start(self._ring)
+            self._timer.start(_ring, weakref.ref(self))
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -69,3 +71,9 @@ class Monitor:
         self._look()
         if self._due == math.inf:  # unless the look itself has set or stopped the timer
             self._set(self._health.next_event(self._clock()))
+
+
+def _ring(reference: weakref.ref[Monitor]) -> None:
+    monitor = reference()
+    if monitor is not None:
+        monitor._ring()

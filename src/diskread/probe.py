@@ -6,16 +6,32 @@ import errno
 import mmap
 import os
 import random
+import stat
+from contextlib import closing
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 BLOCK = 4096
 """Bytes that a probe reads, and the alignment that O_DIRECT wants at most: open(2)."""
 
-DEEPEST = 3
-"""Levels of directories below the root that are searched for a file to read."""
+DEEPEST = 8
+"""Levels of directories, the root included, that are searched for a file to read."""
 
 MOST_ENTRIES = 200
 """Directory entries that are looked at in that search."""
+
+NOT_TO_BE_HAD = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENXIO)
+"""Why one file or directory cannot be opened, which is no fault of the disk."""
+
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What this process lacks: no answer of the disk."""
+
+
+class _Unsuitable(Exception):
+    """Reading this file would not ask the device."""
 
 
 class RootLost(OSError):
@@ -48,11 +64,14 @@ def probe(root: bytes, device: int | None, sample: bytes | None) -> Findings:
 
     Raises:
         RootLost: The root cannot be opened, or it is on another device.
-        OSError: The file cannot be read.
+        OSError: The file cannot be read; or this process has no descriptor or memory left (`OUT_OF_RESOURCES`).
     """
     try:
-        directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # O_PATH: the root need not be readable, only searchable, for the files in it to be read.
+        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in OUT_OF_RESOURCES:
+            raise
         raise RootLost(error.errno, error.strerror) from error
     try:
         found = os.fstat(directory).st_dev
@@ -61,69 +80,78 @@ def probe(root: bytes, device: int | None, sample: bytes | None) -> Findings:
         if sample is not None:
             try:
                 return Findings(found, sample, _read_block(directory, sample))
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EISDIR):
-                    raise
-                # The file has gone, which is no fault of the disk: look for another.
-        sample = _find_file(directory)
-        direct = sample is not None and _read_block(directory, sample)
-        return Findings(found, sample, direct)
+            except _Unsuitable:
+                pass  # the file has gone, which is no fault of the disk: look for another
+        with closing(_files(directory, found)) as paths:
+            for path in paths:
+                try:
+                    return Findings(found, path, _read_block(directory, path))
+                except _Unsuitable:
+                    continue
+        return Findings(found, None, False)
     finally:
         os.close(directory)
 
 
-def _find_file(directory: int) -> bytes | None:
-    """The path of a regular file with content, searched a few levels deep on this device only."""
-    device = os.fstat(directory).st_dev
-    levels = [b""]
-    looked_at = 0
-    for _ in range(DEEPEST):
-        deeper = []
-        for level in levels:
-            inner = os.open(
-                level or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory
-            )
-            try:
-                with os.scandir(inner) as entries:
-                    for entry in entries:
-                        looked_at += 1
-                        if looked_at > MOST_ENTRIES:
-                            return None
-                        name = os.fsencode(entry.name)
-                        path = level + b"/" + name if level else name
-                        if entry.is_dir(follow_symlinks=False):
-                            deeper.append(path)
-                        elif entry.is_file(follow_symlinks=False):
-                            stat = entry.stat(follow_symlinks=False)
-                            if stat.st_size and stat.st_dev == device:
-                                return path
-            finally:
-                os.close(inner)
-        levels = deeper
-    return None
+def _files(directory: int, device: int) -> Generator[bytes, None, None]:
+    """The paths of regular files: depth first, because large disks have many directories, and on this device only."""
+    left = MOST_ENTRIES
 
-
-def _read_block(directory: int, path: bytes) -> bool:
-    """Read a block of a file from the device; returns whether O_DIRECT could be had for it."""
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags | os.O_DIRECT, dir_fd=directory)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # EINVAL: the file system has no O_DIRECT (open(2))
+    def search(parent: int, name: str, prefix: bytes, depth: int) -> Generator[bytes, None, None]:
+        nonlocal left
+        try:
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        except OSError as error:
+            if error.errno in NOT_TO_BE_HAD:
+                return
             raise
-        descriptor = os.open(path, flags, dir_fd=directory)
-        direct = False
-    else:
-        direct = True
+        try:
+            with os.scandir(inner) as entries:
+                for entry in entries:
+                    left -= 1
+                    if left < 0:
+                        return
+                    try:
+                        # Not the methods of the entry: some versions of Python hold the GIL in them.
+                        found = os.stat(entry.name, dir_fd=inner, follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    path = prefix + os.fsencode(entry.name)
+                    if stat.S_ISREG(found.st_mode):
+                        yield path
+                    elif stat.S_ISDIR(found.st_mode) and found.st_dev == device and depth < DEEPEST:
+                        yield from search(inner, entry.name, path + b"/", depth + 1)
+        finally:
+            os.close(inner)
+
+    return search(directory, ".", b"", 1)
+
+
+def _read_block(directory: int, path: bytes, *, direct: bool = True) -> bool:
+    """Read a block of a file from the device; returns whether O_DIRECT could be had for it.
+
+    Raises:
+        _Unsuitable: It has gone, may not be read, or has no content.
+        OSError: The disk answered, with an error.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
     try:
-        blocks = max(1, os.fstat(descriptor).st_size // BLOCK)
-        offset = random.randrange(blocks) * BLOCK
-        if direct:
+        descriptor = os.open(path, flags, dir_fd=directory)
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or not found.st_size:
+                raise _Unsuitable
+            offset = random.randrange(max(1, found.st_size // BLOCK)) * BLOCK
+            if not direct:
+                os.posix_fadvise(descriptor, offset, BLOCK, os.POSIX_FADV_DONTNEED)
             with mmap.mmap(-1, BLOCK) as block:  # aligned to a page, as O_DIRECT wants it
                 os.preadv(descriptor, [block], offset)
-        else:
-            os.posix_fadvise(descriptor, offset, BLOCK, os.POSIX_FADV_DONTNEED)
-            os.pread(descriptor, BLOCK, offset)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in NOT_TO_BE_HAD:
+            raise _Unsuitable from error
+        if direct and error.errno == errno.EINVAL:  # the file system has no O_DIRECT, or wants larger blocks: open(2)
+            return _read_block(directory, path, direct=False)
+        raise
     return direct

@@ -7,6 +7,10 @@ from collections import OrderedDict
 from gevent.event import Event
 
 
+class SentAway(Exception):
+    """There will be no slot for those who wait: the line was sent away."""
+
+
 class _Turn(Event):  # type: ignore[misc,unused-ignore]
     """The place of one greenlet in the line."""
 
@@ -55,7 +59,10 @@ class Slots:
             timeout: Seconds to wait at most; None for as long as it takes.
 
         Returns:
-            Whether there was one in time; False also when the line was sent away.
+            Whether there was one in time.
+
+        Raises:
+            SentAway: By `send_away`.
 
         Whatever else ends the wait (gevent.Timeout, a killed greenlet) passes through, and no slot is lost.
         """
@@ -71,6 +78,8 @@ class Slots:
             raise
         finally:
             self._line.pop(turn, None)
+        if turn.is_set() and not turn.granted:
+            raise SentAway
         return turn.granted
 
     def release(self) -> None:

@@ -26,10 +26,10 @@ from gevent.threadpool import ThreadPool
 
 from ._syscalls import Job
 from .errors import DiskBusy, DiskOffline, DiskTimeout
-from .health import Health, State
+from .health import Health, Refusal, State
 from .latency import Latency
 from .monitor import Monitor
-from .slots import Slots
+from .slots import SentAway, Slots
 from .slow_log import SlowLog
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from gevent.event import AsyncResult
 
-    from .health import Kind, Refusal
+    from .health import Kind
     from .limits import Limits
 
     ProbeMaker = Callable[[], tuple["Task", Callable[[], None]]]
@@ -328,7 +328,11 @@ class Workers:
                 f"all {self._limits.threads} slots are taken and {crew.slots.waiting} reads wait for one already",
             )
         timeout = min(remaining, longest_wait)
-        granted = timeout > 0 and crew.slots.wait(None if timeout == math.inf else timeout)
+        try:
+            granted = timeout > 0 and crew.slots.wait(None if timeout == math.inf else timeout)
+        except SentAway:  # even if the disk is back by now: it was offline
+            refusal = Refusal(True, "went offline while this read waited for a slot", self._limits.probe_interval)
+            raise self._refuse(crew.health.admit(self._clock()) or refusal, path) from None
         refusal = crew.health.admit(self._clock())
         if refusal is not None and refusal.offline:  # the verdict came while we waited
             if granted:
@@ -340,10 +344,7 @@ class Workers:
     def _refuse(self, refusal: Refusal, path: bytes | None) -> DiskOffline | DiskBusy:
         if not refusal.offline:
             return DiskBusy(self._name, path, refusal.reason)
-        text = refusal.reason
-        if refusal.retry_after is not None:
-            text += f"; next probe in {refusal.retry_after:.1f} s"
-        return DiskOffline(self._name, path, text, retry_after=refusal.retry_after)
+        return DiskOffline(self._name, path, refusal.reason, retry_after=refusal.retry_after)
 
     def _start(self, crew: _Crew, visit: _Visit) -> AsyncResult[None]:
         """Hand a visit to the pool. The caller holds a slot for it, and has lost it when this fails. Never blocks."""
@@ -361,7 +362,7 @@ class Workers:
             ) from error
         visit.started = self._clock()
         crew.health.started(visit, visit.started, visit.kind)
-        crew.monitor.expect(visit.started + self._limits.offline_after)
+        self._expect_next_event(crew)
         result.rawlink(partial(self._completed, crew, visit))
         return result
 
@@ -371,9 +372,8 @@ class Workers:
         visit.completed = True
         crew.health.completed(visit, now)
         self._record(visit, now)
-        if crew.health.state(now) in (State.OFFLINE, State.HALF_OPEN):
-            crew.slots.send_away()  # one at a time may try now, and whoever waits has waited for a disk that hung
-            self._expect_next_event(crew)
+        if crew.health.state(now) is State.OFFLINE:
+            crew.slots.send_away()
         if visit.abandoned:
             self._keep_descriptor(crew, visit)
         if visit.on_completed is not None:
@@ -382,6 +382,7 @@ class Workers:
             self._close_next(crew)  # in the slot that has just become free, before any reader
         else:
             crew.slots.release()
+        self._expect_next_event(crew)
         self._dismiss_when_idle(crew)
 
     def _abandon(self, crew: _Crew, visit: _Visit) -> None:
@@ -442,6 +443,9 @@ class Workers:
 
     def _look(self, crew: _Crew) -> None:
         """See what time has brought. Runs in the hub, or on behalf of a caller."""
+        if crew.process != os.getpid():
+            crew.monitor.stop()  # a forked child has inherited the timer of its parent's crew
+            return
         now = self._clock()
         if crew.health.state(now) is State.OFFLINE:
             crew.slots.send_away()
