@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from .latency import Latency
+    from .workers import OnChange
 
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -216,6 +217,19 @@ class Disk:
     def root(self) -> str | None:
         """The root directory, None for a disk without files."""
         return None if self._root is None else os.fsdecode(self._root)
+
+    @property
+    def on_change(self) -> OnChange | None:
+        """Called with the state and the reason whenever one of them has changed; None (the default) calls nobody.
+
+        It is called in the hub, soon after the change, and must not block. That a disk is SUSPECT is noticed with the
+        next thing that happens on it; everything else at once.
+        """
+        return self._workers.on_change
+
+    @on_change.setter
+    def on_change(self, function: OnChange | None) -> None:
+        self._workers.on_change = function
 
     def read(self, path: Path, offset: int = 0, size: int | None = None, *, deadline: float | None = None) -> bytes:
         """Read a range of a file in one visit to the disk: open, fstat, pread and close in one thread hop.

@@ -225,6 +225,14 @@ class Health:
         probe = self._probe_time() if self._probe is None else math.inf
         return min(verdict, probe)
 
+    def next_probe(self, now: float) -> float | None:
+        """Seconds until the next probe; 0.0 while one is under way, None when none will be sent."""
+        self._update(now)
+        if self._probe is not None:
+            return 0.0
+        due = self._probe_time()
+        return None if due == math.inf else max(0.0, due - now)
+
     def postpone_probe(self, now: float) -> None:
         """The probe that was due could not be sent: no slot is free. Try again after the next interval."""
         self._schedule_probe(now)

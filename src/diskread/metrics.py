@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, StateSetMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    StateSetMetricFamily,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from .health import State
+from .latency import BOUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +24,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from .disk import DiskStatus
+    from .latency import Latency
 
 _GAUGES: dict[str, tuple[str, Callable[[DiskStatus], float]]] = {
     "diskread_slots": ("Slots: reads that may be inside the kernel at a time.", lambda disk: disk.limits.threads),
@@ -23,6 +33,7 @@ _GAUGES: dict[str, tuple[str, Callable[[DiskStatus], float]]] = {
     "diskread_waiting": ("Callers that wait for a slot.", lambda disk: disk.load.waiting),
     "diskread_threads": ("Native threads, idle ones included.", lambda disk: disk.load.threads),
     "diskread_oldest_age_seconds": ("Age of the oldest operation in the kernel.", lambda disk: disk.load.oldest),
+    "diskread_state_age_seconds": ("For how long the state has been what it is.", lambda disk: disk.load.since),
 }
 
 _COUNTERS: dict[str, tuple[str, Callable[[DiskStatus], float]]] = {
@@ -31,7 +42,29 @@ _COUNTERS: dict[str, tuple[str, Callable[[DiskStatus], float]]] = {
     "diskread_timeouts": ("Reads that missed their deadline.", lambda disk: disk.counts.timeouts),
     "diskread_rejections": ("Reads that were refused at once.", lambda disk: disk.counts.rejections),
     "diskread_abandoned": ("Reads whose caller went away before the end.", lambda disk: disk.counts.abandoned),
+    "diskread_probes": ("Probes that were sent.", lambda disk: disk.load.probes),
+    "diskread_state_changes": ("How often the state has changed.", lambda disk: disk.load.changes),
 }
+
+_HISTOGRAMS: dict[str, tuple[str, Callable[[DiskStatus], Latency]]] = {
+    "diskread_queue_seconds": ("How long operations waited for a slot.", lambda disk: disk.queue_time),
+    "diskread_disk_seconds": ("How long operations were at the disk.", lambda disk: disk.disk_time),
+}
+
+
+# As OpenMetrics wants numbers in labels.
+_BOUNDS: list[str] = [floatToGoString(bound) for bound in (*BOUNDS, math.inf)]  # type: ignore[no-untyped-call]
+
+
+def _cumulative(times: Latency) -> list[tuple[str, float]]:
+    """The buckets of a histogram as Prometheus counts them: each contains those before it."""
+    return list(zip(_BOUNDS, map(float, accumulate(times.buckets)), strict=True))
+
+
+def _unit(name: str) -> str:
+    """The unit of a metric is the end of its name, says OpenMetrics."""
+    unit = name.rpartition("_")[2]
+    return unit if unit in ("seconds", "bytes") else ""
 
 
 class DiskCollector(Collector):
@@ -45,15 +78,20 @@ class DiskCollector(Collector):
         """Yield one family per metric, labelled with the name of the disk."""
         disks = list(self._status())
         for name, (text, value) in _GAUGES.items():
-            gauge = GaugeMetricFamily(name, text, labels=["disk"])
+            gauge = GaugeMetricFamily(name, text, labels=["disk"], unit=_unit(name))
             for disk in disks:
                 gauge.add_metric([disk.name], value(disk))
             yield gauge
         for name, (text, value) in _COUNTERS.items():
-            counter = CounterMetricFamily(name, text, labels=["disk"])
+            counter = CounterMetricFamily(name, text, labels=["disk"], unit=_unit(name))
             for disk in disks:
                 counter.add_metric([disk.name], value(disk))
             yield counter
+        for name, (text, times) in _HISTOGRAMS.items():
+            histogram = HistogramMetricFamily(name, text, labels=["disk"], unit=_unit(name))
+            for disk in disks:
+                histogram.add_metric([disk.name], _cumulative(times(disk)), times(disk).total)
+            yield histogram
         errors = CounterMetricFamily("diskread_errors", "Visits that failed, by errno.", labels=["disk", "errno"])
         state = StateSetMetricFamily("diskread_state", "The verdict on the disk.", labels=["disk"])
         for disk in disks:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .limits import Limits
 
     ProbeMaker = Callable[[], tuple["Task", Callable[[], None]]]
+    OnChange = Callable[[State, str | None], None]
 
 
 class Task(Protocol):
@@ -79,6 +80,7 @@ class Load:
         since: Seconds for which the state has been what it is.
         changes: How often the state has changed.
         probes: Probes that were sent.
+        next_probe: Seconds until the next one; 0.0 while one is under way, None when none will be sent.
     """
 
     state: State = State.ONLINE
@@ -92,6 +94,7 @@ class Load:
     since: float = 0.0
     changes: int = 0
     probes: int = 0
+    next_probe: float | None = None
 
 
 class _Visit:
@@ -129,6 +132,7 @@ class _Crew:
         self.health = Health(limits, clock())
         self.monitor = Monitor(self.health, self.hub, clock, partial(look, self))
         self.probes = 0
+        self.verdict: tuple[State, str | None] = State.ONLINE, None
         self.to_close: deque[int] = deque()
 
 
@@ -141,6 +145,10 @@ class Workers:
 
     They belong to the hub (and so to the native thread) that uses them first; a forked child gets slots of its own on
     first use. `run` blocks the calling greenlet; nothing here blocks the hub.
+
+    Attributes:
+        on_change: Called with the state and the reason whenever one of them has changed: in the hub, soon after the
+            change and not in the middle of it; must not block.
     """
 
     def __init__(
@@ -163,6 +171,7 @@ class Workers:
         self._limits = limits
         self._clock = clock
         self._make_probe = make_probe
+        self.on_change: OnChange | None = None
         self._crew: _Crew | None = None
         self._closed = False
         self._log = SlowLog(name, limits.slow)
@@ -295,6 +304,7 @@ class Workers:
             since=now - health.since(now),
             changes=health.changes,
             probes=crew.probes,
+            next_probe=None if self._make_probe is None else health.next_probe(now),
         )
 
     def _crew_of_process(self) -> _Crew:
@@ -454,7 +464,17 @@ class Workers:
         self._expect_next_event(crew)
 
     def _expect_next_event(self, crew: _Crew) -> None:
+        """After every event: see whether it has changed the verdict, and when time may."""
+        self._tell_of_change(crew)
         crew.monitor.expect(crew.health.next_event(self._clock()))
+
+    def _tell_of_change(self, crew: _Crew) -> None:
+        now = self._clock()
+        verdict = crew.health.state(now), crew.health.reason(now)
+        if verdict != crew.verdict:
+            crew.verdict = verdict
+            if self.on_change is not None:
+                crew.hub.loop.run_callback(self.on_change, *verdict)
 
     def _send_probe(self, crew: _Crew, now: float) -> None:
         """Ask the device, in a slot like any other operation: one that hangs holds this slot, and no second is sent."""

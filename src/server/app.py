@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from diskread import Disks
 
 RETRY_AFTER = 1
-"""Seconds after which a client that was refused may try again: a slot may be free by then."""
+"""Seconds after which a client that a busy disk refused may try again: a slot may be free by then."""
 
 CONFIG_VARIABLE = "DISKREAD_CONFIG"
 
@@ -107,8 +108,12 @@ def _disk_error(_request: falcon.Request, _response: falcon.Response, error: Dis
     """Say in HTTP what a disk said."""
     text = str(error)
     if isinstance(error, (DiskBusy, DiskOffline)):
-        title = "The disk is busy" if isinstance(error, DiskBusy) else "The disk is offline"
-        raise falcon.HTTPServiceUnavailable(title=title, description=text, retry_after=RETRY_AFTER) from error
+        offline = isinstance(error, DiskOffline)
+        raise falcon.HTTPServiceUnavailable(
+            title="The disk is offline" if offline else "The disk is busy",
+            description=text,
+            retry_after=_retry_after(error),
+        ) from error
     if isinstance(error, DiskTimeout):
         raise falcon.HTTPGatewayTimeout(title="The disk missed the deadline", description=text) from error
     if isinstance(error, DiskPathInvalid):
@@ -119,6 +124,13 @@ def _disk_error(_request: falcon.Request, _response: falcon.Response, error: Dis
         raise falcon.HTTPForbidden(title="The file may not be read", description=text) from error
     _log.error("%s", text)
     raise falcon.HTTPInternalServerError(title="The disk failed", description=text) from error
+
+
+def _retry_after(error: DiskBusy | DiskOffline) -> int | None:
+    """Whole seconds; None when nobody knows, as with a disk that somebody has taken offline."""
+    if isinstance(error, DiskBusy):
+        return RETRY_AFTER
+    return None if error.retry_after is None else max(1, math.ceil(error.retry_after))
 
 
 def _internal_error(request: falcon.Request, _response: falcon.Response, error: Exception, _params: object) -> None:

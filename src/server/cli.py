@@ -6,6 +6,7 @@ import click
 
 from .commands.completion import completion
 from .commands.demo import demo
+from .commands.disk import disk
 from .commands.probe import probe
 from .commands.request import request
 from .commands.serve import serve
@@ -23,8 +24,9 @@ def main() -> None:
     diskread serve --disk a=/srv/a    serve a directory on 127.0.0.1:7000
     diskread probe 127.0.0.1:7000     does one slow read hold up the others? Of any server.
     diskread status --watch           the disks of a running server, live
+    diskread disk offline a ...       take a disk of a running server offline by hand
     """
 
 
-for _command in (serve, demo, probe, request, status, completion):
+for _command in (serve, demo, probe, request, status, disk, completion):
     main.add_command(_command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
 _RESERVED = ("v1", SIMULATED)
 
+LONGEST_SOCKET_PATH = 107
+"""Bytes of the path of a Unix socket: `sun_path` of unix(7) without the NUL at its end."""
+
 
 class ConfigError(Exception):
     """The configuration is wrong; the message names the file, the line and the key."""
@@ -35,6 +39,11 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     queue: int | None = None
     deadline: float | None = None
     idle: float | None = None
+    offline_after: float | None = None
+    idle_probe: float | None = None
+    probe_interval: float | None = None
+    probe_interval_max: float | None = None
+    slow: float | None = None
 
 
 class DiskConfig(LimitsConfig, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -51,6 +60,7 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         port: TCP port; 0 lets the kernel choose.
         simulate: Whether clients may simulate stalls; None means: when there is no disk.
         access_log: Where to write a line per request: a file name, "-" for standard output; None for nowhere.
+        admin_socket: Path of the Unix socket for `diskread disk`; None for no such socket.
         connections: Connections served at a time; more wait in the backlog.
         idle_timeout: Seconds without a byte after which a client is hung up on.
         request_timeout: Seconds that a client may take to send its request line and headers.
@@ -63,6 +73,7 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     port: int = 7000
     simulate: bool | None = None
     access_log: str | None = None
+    admin_socket: str | None = None
     connections: int = 10_000
     idle_timeout: float = 60.0
     request_timeout: float = 30.0
@@ -112,6 +123,8 @@ def check(config: ServerConfig) -> ServerConfig:
     for key in ("idle_timeout", "request_timeout", "drain_timeout"):
         if not getattr(config, key) > 0:
             raise _Wrong([key], f"must be a positive number of seconds, not {getattr(config, key)}")
+    if config.admin_socket is not None:
+        _check_socket_path(config.admin_socket)
     limits_of(config.limits, ["limits"])
     for name, disk in config.disk.items():
         if not _NAME.match(name):
@@ -130,6 +143,9 @@ def check(config: ServerConfig) -> ServerConfig:
 def limits_of(config: LimitsConfig, keys: list[str], default: LimitsConfig | None = None) -> Limits:
     """The limits that a table says, over those of another, over the library's own.
 
+    Where no table says `idle_probe`, it is the library's own or three times `offline_after`, whichever is more, so that
+    whoever wants a disk to have more time need not know of it.
+
     Raises:
         ConfigError: A value is out of its range.
     """
@@ -138,8 +154,9 @@ def limits_of(config: LimitsConfig, keys: list[str], default: LimitsConfig | Non
         for field in LimitsConfig.__struct_fields__ if table is not None else ():
             if getattr(table, field) is not None:
                 values[field] = getattr(table, field)
+    idle_probe = max(Limits.idle_probe, 3 * values.get("offline_after", Limits.offline_after))
     try:
-        return Limits(**values)
+        return Limits(**{"idle_probe": idle_probe, **values})
     except (ValueError, TypeError) as error:
         field = str(error).partition(" ")[0]  # messages of Limits begin with the name of the field
         raise _Wrong([*keys, field] if field in values else keys, str(error)) from error
@@ -153,6 +170,13 @@ def make_disks(config: ServerConfig) -> Disks:
     if config.stalls:
         disks.append(Disk(SIMULATED, None, SIMULATED_LIMITS))
     return Disks(disks)
+
+
+def _check_socket_path(path: str) -> None:
+    if not path or "\0" in path:
+        raise _Wrong(["admin_socket"], "must be a path")
+    if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
+        raise _Wrong(["admin_socket"], f"must have at most {LONGEST_SOCKET_PATH} bytes: unix(7)")
 
 
 class _Wrong(ConfigError):

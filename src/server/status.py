@@ -43,6 +43,16 @@ class DiskDocument(msgspec.Struct):
     timeouts: int
     rejections: int
     abandoned: int
+    reason: str | None = None
+    """Why it is offline."""
+    since: float = 0.0
+    """For how long the state has been what it is."""
+    changes: int = 0
+    """How often the state has changed."""
+    probes: int = 0
+    """How many probes were sent."""
+    next_probe: float | None = None
+    """Time to the next one; 0 while one is under way, null when none will be sent."""
 
 
 class StatusDocument(msgspec.Struct):
@@ -84,6 +94,11 @@ def describe(disk: DiskStatus) -> DiskDocument:
         timeouts=counts.timeouts,
         rejections=counts.rejections,
         abandoned=counts.abandoned,
+        reason=load.reason,
+        since=round(load.since, 3),
+        changes=load.changes,
+        probes=load.probes,
+        next_probe=None if load.next_probe is None else round(load.next_probe, 3),
     )
 
 

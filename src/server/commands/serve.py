@@ -17,16 +17,21 @@ import gevent
 import msgspec
 from gevent.event import Event
 
+from .. import admin
 from .. import config as configuration
 from ..app import create_app
 from ..listener import Server
 from ..simulate import Simulation
+from ..state_log import StateLog
 from ..status import version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from diskread import Disk, Disks
+    from diskread import Disks
+
+FIRST_ANSWERS = 0.5
+"""Seconds that the disks get at the start to answer their first probes. One that does not is served as offline."""
 
 _DEFAULT = configuration.ServerConfig()
 _LIMITS = configuration.limits_of(configuration.LimitsConfig(), [])
@@ -78,6 +83,19 @@ class _DiskOption(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # g
     help=f"Time for a read, waiting included; then 504.  [default: {_LIMITS.deadline:g}]",
 )
 @click.option(
+    "--offline-after",
+    type=float,
+    metavar="SECONDS",
+    help="Take a disk offline when it makes no progress for so long: its clients get 503 at once, until it answers a "
+    f"probe.  [default: {_LIMITS.offline_after:g}]",
+)
+@click.option(
+    "--admin-socket",
+    metavar="PATH",
+    help="Make a Unix socket, for this user only, through which 'diskread disk' takes disks offline and back.  "
+    "[default: none]",
+)
+@click.option(
     "--simulate/--no-simulate",
     default=None,
     help="Let clients simulate stalls (RC,MS,PATH). Whoever can stall a slot can deny service. "
@@ -110,9 +128,12 @@ class _DiskOption(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # g
 def serve(path: Path | None, disks: tuple[tuple[str, str], ...], **options: Any) -> None:
     """Serve the files of one or more disks over HTTP and over the line protocol, on one port.
 
-    A hung disk costs its own clients a 504 after the deadline or a 503 at once; nobody else notices. Request line and
-    headers of a client may have 64 KiB, a line of the line protocol 4 KiB. Without any disk only simulated stalls are
-    served, as the original experiment does.
+    A hung disk costs its own clients a 504 after the deadline or a 503 at once; nobody else notices. One that makes
+    no progress at all, or whose directory is not there, is offline until it answers a probe: the log says when and why,
+    `diskread status` shows it. A disk that is dead at the start does not delay the start.
+
+    Request line and headers of a client may have 64 KiB, a line of the line protocol 4 KiB. Without any disk only
+    simulated stalls are served, as the original experiment does.
 
     \b
     Examples:
@@ -123,8 +144,10 @@ def serve(path: Path | None, disks: tuple[tuple[str, str], ...], **options: Any)
     \b
     The same in a file for --config:
       port = 7000
+      admin_socket = "/run/diskread/admin.sock"
       [limits]
       deadline = 5.0
+      offline_after = 10.0
       [disk.a]
       root = "/srv/a"
       threads = 16
@@ -169,11 +192,16 @@ def run(config: configuration.ServerConfig) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             gevent.signal_handler(number, _stop_or_leave, stop)
         try:
-            server.start()
+            server.init_socket()  # who connects from now on waits in the backlog
         except OSError as error:
             raise click.ClickException(_why_not_listening(config, error)) from error
-        _announce(config, server, disks)
-        stop.wait()
+        with _admin_server(config, disks):
+            disks.watch()
+            _wait_for_first_answers(disks)
+            server.start()
+            _announce(config, server, disks)
+            StateLog(disks)
+            stop.wait()
         logging.info("the port is free again; requests under way get %g s to finish", config.drain_timeout)
         finished = server.drain(config.drain_timeout)
     logging.info("stopped" if finished else "stopped; some requests were cut off")
@@ -190,27 +218,39 @@ def _stop_or_leave(stop: Event) -> None:
     stop.set()
 
 
+@contextlib.contextmanager
+def _admin_server(config: configuration.ServerConfig, disks: Disks) -> Iterator[None]:
+    if config.admin_socket is None:
+        yield
+        return
+    app = admin.create_app(disks, simulate=config.stalls)
+    try:
+        server = admin.AdminServer(config.admin_socket, app)
+    except admin.AdminSocketError as error:
+        raise click.ClickException(str(error)) from error
+    with server:
+        yield
+
+
+def _wait_for_first_answers(disks: Disks) -> None:
+    """Until every disk has answered its first probe, in whatever way, but no longer than they get."""
+    with gevent.Timeout(FIRST_ANSWERS, False):  # type: ignore[arg-type]
+        while any(disk.load.in_flight for disk in disks.status):
+            gevent.sleep(0.002)
+
+
 def _announce(config: configuration.ServerConfig, server: Server, disks: Disks) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     logging.info("diskread %s listens on http://%s:%d/", version(), host, server.server_port)
     for disk in disks.values():
         if disk.root is not None:
             logging.info("disk %s: %s, %d slots", disk.name, disk.root, disk.limits.threads)
-            gevent.spawn(_look_at, disk)
+    if config.admin_socket is not None:
+        logging.info("administrative socket at %s: 'diskread disk --help'", config.admin_socket)
     if config.stalls:
         logging.info("clients may simulate stalls: RC,MS,PATH")
         if not _is_loopback(config.host):
             logging.warning("%s is no loopback address: any client there can use up all slots", config.host)
-
-
-def _look_at(disk: Disk) -> None:
-    """Tell the operator early of a root that is not there; a disk that hangs is told of by its status."""
-    assert disk.root is not None
-    try:
-        if not disk.run(os.path.isdir, disk.root):
-            logging.warning("disk %s: %s is no directory now; its requests will fail", disk.name, disk.root)
-    except OSError as error:
-        logging.warning("disk %s does not answer: %s", disk.name, error)
 
 
 def _is_loopback(host: str) -> bool:

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from ..client import resolve
 from ..status import fetch
+from ..table import reasons, state_of
 from .load import Load, Plan, Summary
-from .stage import DEADLINE, DISKS, FILES, HUNG, SLOTS, diskread_server, fill, gil_held_server
+from .stage import DEADLINE, DISKS, FILES, HUNG, OFFLINE_AFTER, SLOTS, diskread_server, fill, gil_held_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +91,8 @@ def run(
         fill(root)
         console.print(
             f"Four disks with real files, {rate:g} requests/s to each. {HUNG} hangs for {hang:g} s (its reads sleep in "
-            f"the kernel). {SLOTS} slots a disk, deadline {DEADLINE:g} s."
+            f"the kernel). {SLOTS} slots a disk, deadline {DEADLINE:g} s, offline after {OFFLINE_AFTER:g} s without "
+            "progress."
         )
         with diskread_server(root, port) as our_port:
             diskread = _act(console, "diskread", our_port, _plan(hang, rate), status=True)
@@ -168,12 +170,15 @@ def _table(title: str, load: Load, plan: Plan, status: StatusDocument | None) ->
         phase = f"{plan.hung} hangs, {plan.hang_end - now:.0f} s to go"
     else:
         phase = f"{plan.hung} is back"
-    table = Table(title=f"{title}: {phase}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=f"{title}: {phase}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     table.add_column("disk", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for heading in ("slots", "stuck", "answered", "missed", "refused", "failed", "p99 of 2 s"):
         table.add_column(heading, justify="right", no_wrap=True)
     disks = {disk.name: disk for disk in status.disks} if status is not None else {}
+    table.caption, table.caption_justify, table.caption_style = reasons(disks.values()), "left", ""
     for name in plan.disks:
         disk = disks.get(name)
         outcomes = load.during([name], plan.begin, plan.end).outcomes
@@ -181,7 +186,7 @@ def _table(title: str, load: Load, plan: Plan, status: StatusDocument | None) ->
         p99 = f"{recent.p99 * 1000:,.1f} ms" if recent.requests else "no reply"
         table.add_row(
             name,
-            "?" if disk is None else disk.state if disk.accepting else "[bold red]refusing[/]",
+            "?" if disk is None else state_of(disk),
             "?" if disk is None else f"{disk.in_flight}/{disk.slots}",
             "?" if disk is None else str(disk.stuck),
             *(str(outcomes.get(outcome, 0)) for outcome in ("answered", "missed", "refused", "failed")),

@@ -20,6 +20,7 @@ DISKS = ("disk1", "disk2", "disk3", "disk4")
 HUNG = "disk3"
 FILES = tuple(f"file{number}" for number in range(16))
 DEADLINE = 1.0
+OFFLINE_AFTER = 2.0
 SLOTS = 4
 
 
@@ -40,6 +41,7 @@ def diskread_server(root: Path, port: int) -> Iterator[int]:
     """Run `diskread serve` on the directories; yields its port."""
     disks = [argument for disk in DISKS for argument in ("--disk", f"{disk}={root / disk}")]
     limits = ["--threads", str(SLOTS), "--queue", "16", "--deadline", str(DEADLINE)]
+    limits += ["--offline-after", str(OFFLINE_AFTER)]
     command = [sys.executable, "-m", "server", "serve", "--simulate", "--port", str(port), *disks, *limits]
     with _running(command, stream="stderr") as (process, lines):
         said = []
