@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 DEADLINE = 0.3
 OFFLINE_AFTER = 0.5
 IDLE_PROBE = 0.8
-SECONDS = 1.5
+SECONDS = 1.2
 """How long a hang "for seconds" lasts: longer than it takes to be OFFLINE."""
 
 PATIENT = 30.0
@@ -98,7 +98,7 @@ class Scene:
         # 64 kB/s: what is read at a time takes parts of a second, and so does what reads in between.
         limits = {"offline_after": 2.0, "idle_probe": 2.2} if fault.how == "slow" else {}
         self.disk = make_sick(self.injector.root, **limits)
-        stack.callback(self.lift)
+        stack.callback(self.end)
 
     def _make_injector(self, stack: contextlib.ExitStack, directory: Path) -> FaultFS | Dying | Throttled:
         if self.fault.disk == "faultfs":
@@ -201,6 +201,12 @@ class Scene:
                 self.injector.resume()
             self.injector.release()
 
+    def end(self) -> None:
+        """Lift, and let the disk go before the injector does: an open root would keep it mounted."""
+        self.lift()
+        until(lambda: not self.disk.status.load.in_flight, "the slots of the sick disk")
+        self.disk.close()
+
     # -- what is promised of all --------------------------------------------------------------------------------------
 
     def goes_offline(self, verdicts: Verdicts, after: float) -> None:
@@ -228,7 +234,6 @@ def make_scene(make_sick: MakeSick, tmp_path: Path) -> Iterator[MakeScene]:
     """Make the disk of a row; its fault is lifted after the test in any case."""
     with contextlib.ExitStack() as stack:
         yield lambda fault: Scene(fault, stack, tmp_path, make_sick)
-        # Before the injector goes: its lift comes first, then the slots have to become free.
 
 
 def row(fault: Fault) -> str:
@@ -248,7 +253,6 @@ UNDER_LOAD = [
     Fault("read", "for ever", "range", "D", "faultfs", "one"),
     Fault("read", "for ever", "whole disk", "S", "faultfs", "one"),
     Fault("read", "for ever", "whole disk", "D", "faultfs", "all"),
-    Fault("read", "for ever", "whole disk", "D", "dying", "one"),
     Fault("read", "for ever", "whole disk", "D", "dying", "all"),
     Fault("open", "for ever", "one request", "S", "faultfs", "one"),
     Fault("open", "for ever", "whole disk", "S", "faultfs", "all"),
@@ -287,7 +291,7 @@ def test_a_hang_under_load(fault: Fault, make_scene: MakeScene, beside: Beside) 
         of_one_kind(asking.end(), "DiskTimeout", DEADLINE, DEADLINE)
         assert disk.status.load.stuck == callers
     if others is not None:
-        gevent.sleep(2 * OFFLINE_AFTER)
+        gevent.sleep(1.2 * OFFLINE_AFTER)
         others.end()
         assert others.what == {"ok"}
         assert State.OFFLINE not in verdicts.seen, "others did complete"
@@ -300,7 +304,6 @@ def test_a_hang_under_load(fault: Fault, make_scene: MakeScene, beside: Beside) 
 ERRORS = [
     Fault("read", "EIO", "one request", "-"),
     Fault("read", "EIO", "range", "-"),
-    Fault("read", "EIO", "whole disk", "-"),
     Fault("read", "EIO", "whole disk", "-", "dying", "all"),
     Fault("open", "EIO", "whole disk", "-"),
     Fault("lookup", "EIO", "whole disk", "-", "faultfs", "all"),
@@ -316,7 +319,7 @@ def test_errors_under_load_are_told_and_are_no_hang(fault: Fault, make_scene: Ma
     scene.strike()
     callers = scene.disk.limits.threads if fault.slots == "all" else 1
     asking = Callers(callers, lambda: scene.ask(PATIENT), again=True)
-    gevent.sleep(2.5 * OFFLINE_AFTER)
+    gevent.sleep(1.6 * OFFLINE_AFTER)
     outcomes = asking.end()
     if fault.scope == "one request":
         assert [each.what for each in outcomes].count("DiskIOError") == 1
@@ -344,34 +347,15 @@ def test_a_close_that_fails_is_no_failed_read(make_scene: MakeScene, beside: Bes
     assert set(verdicts.seen) == {State.ONLINE}
 
 
-SLOW = Fault("read", "slow", "whole disk", "D", "throttled", "all")
-
-
-def test_slow_under_load_is_not_offline(make_scene: MakeScene, beside: Beside) -> None:
-    scene = make_scene(SLOW)
-    scene.warm_up()
-    verdicts = Verdicts(scene.disk)
-    scene.strike()
-    asking = Callers(scene.disk.limits.threads, lambda: scene.ask(PATIENT), again=True)
-    gevent.sleep(2.5)
-    outcomes = asking.end()
-    assert asking.longest_pause < 2, "too slow for what this test wants to show"
-    assert {each.what for each in outcomes} == {"ok"}
-    assert len(outcomes) >= 5
-    scene.lift()
-    scene.comes_back_unasked()
-    verdicts.end()
-    assert State.OFFLINE not in verdicts.seen
-
+# Slow under load is a test of its own: test_health.py.
+SLOW = Fault("read", "slow", "whole disk", "D", "throttled")
 
 IDLE = [
     Fault("read", "for ever", "whole disk", "S"),
     Fault("open", "for ever", "whole disk", "S"),
-    Fault("lookup", "for ever", "whole disk", "S"),
     Fault("getattr", "for ever", "whole disk", "S"),
     Fault("close", "for ever", "whole disk", "S"),
     Fault("read", "for ever", "whole disk", "D", "dying"),
-    Fault("read", "for seconds", "whole disk", "S"),
     Fault("read", "EIO after seconds", "whole disk", "S"),
 ]
 

@@ -9,11 +9,12 @@ import gevent
 import pytest
 
 from diskread import Disk, DiskError, DiskOffline
-from diskread.health import State
 from tests.conftest import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from diskread.health import State
 
 SLACK = 5.0
 """Seconds by which anything may be late: a machine with more to do than it can is no failure of a disk."""
@@ -36,7 +37,6 @@ class Callers:
         self._ask = ask
         self._again = again
         self.outcomes: list[Outcome] = []
-        self.ended_at: list[float] = []
         self._greenlets = [gevent.spawn(self._run) for _ in range(count)]
 
     def _run(self) -> None:
@@ -47,8 +47,7 @@ class Callers:
                 what = "ok"
             except DiskError as error:
                 what = type(error).__name__
-            self.ended_at.append(time.monotonic())
-            self.outcomes.append(Outcome(what, self.ended_at[-1] - began))
+            self.outcomes.append(Outcome(what, time.monotonic() - began))
             if not self._again:
                 return
             gevent.sleep(0.01)
@@ -64,12 +63,6 @@ class Callers:
     def what(self) -> set[str]:
         """The kinds of outcomes so far."""
         return {outcome.what for outcome in self.outcomes}
-
-    @property
-    def longest_pause(self) -> float:
-        """The most seconds between two outcomes, whoever had them."""
-        times = sorted(self.ended_at)
-        return max((later - earlier for earlier, later in zip(times, times[1:], strict=False)), default=0.0)
 
 
 class Beside:
@@ -135,7 +128,7 @@ class Verdicts:
 
     def wait_for(self, state: State) -> float:
         """Wait until the disk was in that state; when that was first, in seconds since the watch began."""
-        until(lambda: state in self.seen, f"the verdict {state.value}, seen so far: {self.seen}")
+        until(lambda: state in self.seen, f"the verdict {state.value}")
         return self.seen[state]
 
 
