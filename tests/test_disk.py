@@ -378,18 +378,24 @@ def test_a_root_that_is_not_there_is_an_offline_disk(
     root: Path, nothing_left_behind: None, name: str, code: int
 ) -> None:
     with Disk("d1", root / name) as disk:
-        for call in reads(disk, "small"):
+        first, *later = reads(disk, "small")
+        with pytest.raises(DiskOffline, match="root directory") as caught:
+            first()
+        assert caught.value.errno == code
+        for call in later:
             with pytest.raises(DiskOffline, match="root directory") as caught:
                 call()
-            assert caught.value.errno == code
+            assert caught.value.errno == errno.ENODEV, "nobody has looked again"
+            assert caught.value.retry_after is not None
 
 
 def test_a_root_that_appears_later(root: Path, nothing_left_behind: None) -> None:
-    with Disk("d1", root / "later") as disk:
+    with Disk("d1", root / "later", Limits(probe_interval=0.05, probe_interval_max=0.1)) as disk:
         with pytest.raises(DiskOffline):
             disk.read("file")
         (root / "later").mkdir()
         (root / "later" / "file").write_bytes(b"content")
+        until(lambda: disk.status.load.accepting, "a probe that finds it")
         assert disk.read("file") == b"content"
 
 

@@ -21,7 +21,7 @@ from diskread import (
     DiskTimeout,
 )
 from diskread._syscalls import Step
-from diskread.errors import from_errno
+from diskread.errors import from_errno, root_lost
 
 CLASSES = [
     DiskError,
@@ -118,6 +118,28 @@ def test_a_timeout_knows_whether_it_had_a_slot() -> None:
     assert error.errno == errno.ETIMEDOUT
     with pytest.raises(TypeError):
         DiskTimeout("d1", b"f", "reason")  # type: ignore[call-arg]
+
+
+def test_an_offline_disk_says_when_to_come_back() -> None:
+    assert DiskOffline("d1", b"f", "reason").retry_after is None
+    error = DiskOffline("d1", b"f", "reason", retry_after=1.5)
+    assert (error.retry_after, error.errno) == (1.5, errno.ENODEV)
+    assert pickle.loads(pickle.dumps(error)).retry_after == 1.5
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [(errno.ENOENT, "cannot be opened: No such file"), (errno.ESTALE, "another device"), (errno.EIO, "Input/output")],
+)
+def test_a_lost_root_is_told_in_words(code: int, says: str) -> None:
+    assert says in root_lost(code)
+    assert says in str(from_errno("d1", b"f", code, Step.STEP_ROOT))
+
+
+@pytest.mark.parametrize("step", list(Step))
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+def test_a_process_without_descriptors_has_no_offline_disk(step: Step, code: int) -> None:
+    assert type(from_errno("d1", b"f", code, step)) is DiskBusy
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from .conftest import SMALL, MakeDisk, until
 
 def test_the_defaults_are_allowed() -> None:
     limits = Limits()
-    assert (limits.threads, limits.queue, limits.deadline, limits.idle) == (8, 64, 10.0, 60.0)
+    assert dataclasses.astuple(limits) == (8, 64, 10.0, 60.0, 10.0, 30.0, 1.0, 30.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,16 @@ def test_the_defaults_are_allowed() -> None:
         ("idle", 1),
         ("idle", 0.001),
         ("idle", 1e6),
+        ("offline_after", 0.001),
+        ("offline_after", math.inf),
+        ("idle_probe", 10.001),
+        ("idle_probe", math.inf),
+        ("probe_interval", 0.01),
+        ("probe_interval", 30),
+        ("probe_interval_max", 1),
+        ("probe_interval_max", 1e9),
+        ("slow", 1e-6),
+        ("slow", math.inf),
     ],
 )
 def test_what_is_in_range_is_kept(field: str, value: float) -> None:
@@ -58,6 +68,10 @@ def test_what_is_in_range_is_kept(field: str, value: float) -> None:
         ("idle", math.inf),
         ("idle", math.nan),
         ("idle", 10**400),
+        *[(name, value) for name in ("offline_after", "slow") for value in (0, -1, math.nan, -math.inf)],
+        *[("idle_probe", value) for value in (0, -1, 10, 9.9, math.nan)],
+        *[("probe_interval", value) for value in (0, 0.009, -1, math.nan, math.inf)],
+        *[("probe_interval_max", value) for value in (0, 0.99, math.nan, math.inf)],
         ("idle", 1e10),  # more than threading.TIMEOUT_MAX: a lock of a native thread does not take it
     ],
 )
@@ -66,7 +80,7 @@ def test_what_is_out_of_range_is_named(field: str, value: float) -> None:
         Limits(**{field: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("field", ["threads", "queue", "deadline", "idle"])
+@pytest.mark.parametrize("field", [each.name for each in dataclasses.fields(Limits)])
 @pytest.mark.parametrize("value", ["1", None, True, False, b"1", [1], 1j, object()], ids=repr)
 def test_what_is_of_the_wrong_type_is_named(field: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"^{field} must be "):
@@ -78,6 +92,10 @@ def test_what_is_of_the_wrong_type_is_named(field: str, value: Any) -> None:
 def test_counts_are_integers(field: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"^{field} must be an integer"):
         Limits(**{field: value})
+
+
+def test_idle_probe_does_not_matter_without_verdicts() -> None:
+    assert Limits(offline_after=math.inf, idle_probe=1.0).idle_probe == 1.0
 
 
 def test_limits_do_not_change() -> None:

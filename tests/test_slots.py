@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gevent
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diskread.slots import Slots
+from diskread.slots import SentAway, Slots
 
 
 def test_a_slot_is_taken_and_given_back() -> None:
@@ -63,14 +64,72 @@ def test_a_slot_handed_to_a_greenlet_that_is_killed_goes_to_the_next() -> None:
     assert slots.unused
 
 
+def test_those_who_wait_can_be_sent_away() -> None:
+    slots = Slots(2)
+    assert [slots.take(), slots.take()] == [True, True]
+    slots.send_away()
+    greenlets = [gevent.spawn(_wait_or_sent_away, slots) for _ in range(5)]
+    gevent.sleep(0)
+    slots.send_away()
+    assert slots.waiting == 0
+    slots.release()
+    assert slots.take(), "nobody waits for it any more"
+    gevent.joinall(greenlets, timeout=10)
+    assert [each.value for each in greenlets] == ["sent away"] * 5
+    slots.release()
+    slots.release()
+    assert slots.unused
+
+
+def _wait_or_sent_away(slots: Slots) -> bool | str:
+    try:
+        return slots.wait(60)
+    except SentAway:
+        return "sent away"
+
+
+def test_a_slot_that_was_handed_over_is_not_taken_back_by_sending_the_line_away() -> None:
+    slots = Slots(1)
+    assert slots.take()
+    first, second = gevent.spawn(slots.wait, 60), gevent.spawn(_wait_or_sent_away, slots)
+    gevent.sleep(0)
+    slots.release()
+    slots.send_away()
+    assert first.get(timeout=10) is True
+    assert second.get(timeout=10) == "sent away"
+    slots.release()
+    assert slots.unused
+
+
+def test_who_is_killed_and_sent_away_at_once_takes_no_slot() -> None:
+    slots = Slots(1)
+    assert slots.take()
+    waiting = gevent.spawn(slots.wait, 60)
+    gevent.sleep(0)
+    waiting.kill(block=False)
+    slots.send_away()
+    waiting.join(timeout=10)
+    slots.release()
+    assert slots.unused
+
+
+def test_who_comes_after_the_line_was_sent_away_waits_as_ever() -> None:
+    slots = Slots(1)
+    assert slots.take()
+    slots.send_away()
+    with pytest.raises(gevent.Timeout), gevent.Timeout(0.01):
+        slots.wait(None)
+    assert slots.waiting == 0
+
+
 @settings(deadline=None, database=None, max_examples=50)
 @given(
     count=st.integers(1, 3),
-    events=st.lists(st.sampled_from(["ask", "release", "kill", "turn"]), max_size=40),
+    events=st.lists(st.sampled_from(["ask", "release", "kill", "send away", "turn"]), max_size=40),
 )
 def test_none_is_lost_and_none_is_made(count: int, events: list[str]) -> None:
     slots = Slots(count)
-    asking: list[gevent.Greenlet[[float | None], bool]] = []
+    asking: list[gevent.Greenlet[[Slots], bool | str]] = []
     holding = 0
 
     def settle() -> None:
@@ -84,7 +143,10 @@ def test_none_is_lost_and_none_is_made(count: int, events: list[str]) -> None:
 
     for event in events:
         if event == "ask":
-            asking.append(gevent.spawn(slots.wait, None))
+            asking.append(gevent.spawn(_wait_or_sent_away, slots))
+        elif event == "send away":
+            slots.send_away()
+            assert slots.waiting == 0
         elif event == "release" and holding:
             holding -= 1
             slots.release()

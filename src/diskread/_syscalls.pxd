@@ -9,6 +9,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 cdef struct Visit:
     const char *root        # directory to open when root_fd is -1, or NULL
     int root_fd             # directory that path is resolved under, or -1
+    int knows_device        # root_device says which device the root has to be on
     const char *path        # file to open under root_fd, or NULL
     int descriptor          # open descriptor to use, or -1; afterwards: what is still open, or -1
     int borrowed            # the descriptor belongs to somebody else: never close it
@@ -20,6 +21,7 @@ cdef struct Visit:
     int abandoned           # atomic
     # ------------------------------------------------------------------
     int opened_root         # the descriptor of `root`, when this visit opened it, or -1
+    uint64_t root_device    # the device of the root, when this visit opened it (before: that it has to be on)
     int error               # errno, or 0
     int close_error         # errno of close(2), or 0
     int step                # the step that failed, see Step in the .pyx

@@ -26,6 +26,7 @@ class Job:
         *,
         root: bytes | None = None,
         root_fd: int = -1,
+        root_device: int | None = None,
         path: bytes | None = None,
         descriptor: int = -1,
         borrowed: bool = False,
@@ -53,6 +54,10 @@ class Job:
     def count(self) -> int: ...
     @property
     def stat(self) -> tuple[int, int, int, int] | None: ...
+    @property
+    def root_device(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
     @property
     def started_ns(self) -> int: ...
     @property

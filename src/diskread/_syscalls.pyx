@@ -14,7 +14,7 @@ from operator import index
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EAGAIN, EINTR, EISDIR, EINVAL, ENOMEM, errno
+from libc.errno cimport EAGAIN, EINTR, EISDIR, EINVAL, ENOMEM, ESTALE, errno
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
@@ -74,6 +74,13 @@ cdef extern from *:
         return 0;
     }
 
+    static int diskread_device(int descriptor, uint64_t *device) {
+        struct stat result;
+        if (fstat(descriptor, &result) != 0) return -1;
+        *device = result.st_dev;
+        return 0;
+    }
+
     static int diskread_is_regular(uint32_t mode) { return S_ISREG(mode); }
     static int diskread_is_directory(uint32_t mode) { return S_ISDIR(mode); }
 
@@ -87,6 +94,7 @@ cdef extern from *:
     int open_root "diskread_open_root"(const char *path) nogil
     int fstat_into "diskread_fstat"(int descriptor, uint32_t *mode, uint64_t *device, uint64_t *inode, int64_t *size,
                                     int64_t *mtime_sec, int64_t *mtime_nsec) nogil
+    int device_of "diskread_device"(int descriptor, uint64_t *device) nogil
     bint is_regular "diskread_is_regular"(uint32_t mode) nogil
     bint is_directory "diskread_is_directory"(uint32_t mode) nogil
     int load "diskread_load"(int *flag) nogil
@@ -162,16 +170,28 @@ cdef int do_stall(Visit *visit) noexcept nogil:
     return 0
 
 
+cdef int do_open_root(Visit *visit) noexcept nogil:
+    """Open the root and see that it is on the device that it was on: an empty mount point is no empty disk."""
+    cdef uint64_t device = 0
+    while True:
+        visit.opened_root = open_root(visit.root)
+        if visit.opened_root >= 0:
+            break
+        if errno != EINTR or given_up(visit):
+            return fail(visit, STEP_ROOT, errno)
+    if device_of(visit.opened_root, &device) != 0:
+        return fail(visit, STEP_ROOT, errno)
+    if visit.knows_device and device != visit.root_device:
+        return fail(visit, STEP_ROOT, ESTALE)
+    visit.root_device = device
+    visit.root_fd = visit.opened_root
+    return 0
+
+
 cdef int do_open(Visit *visit) noexcept nogil:
     cdef int attempts = 0
-    if visit.root_fd < 0:
-        while True:
-            visit.opened_root = open_root(visit.root)
-            if visit.opened_root >= 0:
-                visit.root_fd = visit.opened_root
-                break
-            if errno != EINTR or given_up(visit):
-                return fail(visit, STEP_ROOT, errno)
+    if visit.root_fd < 0 and do_open_root(visit) != 0:
+        return -1
     while True:
         visit.descriptor = open_beneath(visit.root_fd, visit.path)
         if visit.descriptor >= 0:
@@ -275,6 +295,7 @@ cdef class Job:
     Args:
         root: Directory to resolve `path` under, opened by the visit itself when `root_fd` is -1.
         root_fd: Descriptor of that directory (an O_PATH descriptor does), or -1.
+        root_device: Device number that the root has to be on when the visit opens it, else ESTALE; None for any.
         path: File to open, relative to the root: bytes without NUL. It is resolved by openat2(2) with
             RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS and RESOLVE_NO_XDEV: it cannot leave the root, nor the file
             system that the root is on. None when `descriptor` is given or when there is nothing to read.
@@ -292,8 +313,8 @@ cdef class Job:
             with a descriptor.
     """
 
-    def __cinit__(self, *, bytes root=None, int root_fd=-1, bytes path=None, int descriptor=-1, bint borrowed=False,
-                  offset=0, size=0, stall_ns=0, int close_mode=CLOSE_ALWAYS):
+    def __cinit__(self, *, bytes root=None, int root_fd=-1, root_device=None, bytes path=None, int descriptor=-1,
+                  bint borrowed=False, offset=0, size=0, stall_ns=0, int close_mode=CLOSE_ALWAYS):
         # Ranges are checked on Python integers, before anything is squeezed into a C type.
         offset, size, stall_ns = index(offset), index(size), index(stall_ns)
         check_range(offset, size)
@@ -317,6 +338,8 @@ cdef class Job:
         self.visit.opened_root = -1
         self.visit.root = <const char *>root if root is not None else NULL
         self.visit.root_fd = root_fd
+        self.visit.knows_device = root_device is not None
+        self.visit.root_device = 0 if root_device is None else root_device
         self.visit.path = <const char *>path if path is not None else NULL
         self.visit.descriptor = descriptor
         self.visit.borrowed = borrowed
@@ -429,6 +452,16 @@ cdef class Job:
         # As Python objects: nanoseconds since 1970 exceed 64 bits in the year 2262, file systems go further.
         mtime_ns = <object>self.visit.mtime_sec * 1000000000 + <object>self.visit.mtime_nsec
         return self.visit.file_size, mtime_ns, self.visit.inode, self.visit.device
+
+    @property
+    def root_device(self):
+        """Device number of the root directory that the visit opened, else what it was told."""
+        return self.visit.root_device
+
+    @property
+    def seconds(self):
+        """How long the visit took, 0.0 before its end."""
+        return (self.visit.finished_ns - self.visit.started_ns) / 1e9 if self.visit.finished_ns else 0.0
 
     @property
     def started_ns(self):

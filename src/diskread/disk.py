@@ -9,19 +9,32 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import gevent
 
-from ._syscalls import CloseMode, Job
-from .errors import DiskBusy, DiskFileChanged, DiskPathInvalid, DiskTimeout, from_errno, printable
+from ._syscalls import CloseMode, Job, Step
+from .errors import (
+    DiskBusy,
+    DiskFileChanged,
+    DiskOffline,
+    DiskPathInvalid,
+    DiskTimeout,
+    from_errno,
+    printable,
+    root_lost,
+)
 from .limits import Limits, check_deadline
+from .probe import OUT_OF_RESOURCES, RootLost, probe
 from .workers import Load, Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from types import TracebackType
+
+    from .latency import Latency
 
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -75,7 +88,7 @@ class Counts:
         bytes: Bytes that were handed to callers.
         errors: Visits that failed, by the name of their errno.
         timeouts: Reads that missed their deadline.
-        rejections: Reads that were refused at once.
+        rejections: Reads that were refused at once, because the disk was busy or offline.
         abandoned: Reads whose caller went away before the end (killed, or its own timeout).
     """
 
@@ -97,6 +110,8 @@ class DiskStatus:
         limits: Its limits.
         load: What it is doing now.
         counts: What it has done so far.
+        queue_time: How long operations waited for a slot.
+        disk_time: How long they were at the disk.
     """
 
     name: str
@@ -104,6 +119,8 @@ class DiskStatus:
     limits: Limits
     load: Load
     counts: Counts
+    queue_time: Latency
+    disk_time: Latency
 
 
 class _Call:
@@ -114,14 +131,17 @@ class _Call:
         self._abandoned = False
         self.result: Any = None
         self.error: BaseException | None = None
+        self.seconds = 0.0
 
     def run(self) -> None:
         if self._abandoned:
             return
+        started = CLOCK()
         try:
             self.result = self._function()
         except BaseException as error:  # noqa: BLE001 - it is raised again where the caller waits
             self.error = error
+        self.seconds = CLOCK() - started
 
     def abandon(self) -> None:
         self._abandoned = True
@@ -143,6 +163,7 @@ class Disk:
     limits), block the calling greenlet but never the hub, and raise:
 
     * `DiskBusy` at once when no slot is free and the queue is full, or all slots are stuck;
+    * `DiskOffline` at once when the disk makes no progress, its root is not there, or `set_offline` was called;
     * `DiskTimeout` when the deadline passes;
     * `DiskFileNotFound`, `DiskFileForbidden`, `DiskFileNotRegular`, `DiskPathInvalid` for what the path names;
     * `DiskIOError` for what the device answers;
@@ -172,8 +193,11 @@ class Disk:
             raise ValueError(f"the root directory of disk {name} contains a NUL byte")
         self._name = name
         self._limits = Limits() if limits is None else limits
-        self._workers = Workers(name, self._limits, CLOCK)
+        self._workers = Workers(name, self._limits, CLOCK, None if self._root is None else self._make_probe)
         self._root_fd = -1
+        self._root_device: int | None = None
+        self._sample: bytes | None = None
+        self._old_roots: list[int] = []
         self._users_of_root = 0
         self._closed = False
         self._counts = Counts()
@@ -326,7 +350,38 @@ class Disk:
     def status(self) -> DiskStatus:
         """The disk at this moment. Never touches the device."""
         counts = replace(self._counts, errors=Counter(self._counts.errors))
-        return DiskStatus(self._name, self.root, self._limits, self._workers.load, counts)
+        workers = self._workers
+        times = workers.queue_time.copy(), workers.disk_time.copy()
+        return DiskStatus(self._name, self.root, self._limits, workers.load, counts, *times)
+
+    def watch(self) -> None:
+        """Begin to watch the disk now, not on first use: it is OFFLINE until it has answered a first probe.
+
+        Never blocks: a disk that is dead when a server starts does not delay the start.
+        """
+        if self._root is not None:
+            self._workers.watch()
+
+    def set_offline(self, reason: str) -> None:
+        """Take the disk OFFLINE by hand, e.g. to replace it. Wins over every verdict until `set_online`.
+
+        Reads fail at once with `DiskOffline`; there are no probes; the root directory is let go, so that it can be
+        unmounted once nothing is under way. Never blocks.
+
+        Args:
+            reason: What callers and operators are told.
+        """
+        self._workers.set_offline(f"by hand: {reason}")
+        self._let_root_go()
+
+    def set_online(self) -> None:
+        """End `set_offline`, or any other verdict: one request may try, and if it completes the disk is ONLINE.
+
+        Whatever device is at the root by then is the disk from now on. Never blocks.
+        """
+        self._root_device = None
+        self._let_root_go()
+        self._workers.set_online()
 
     def close(self) -> None:
         """Let threads and descriptors go; what is stuck goes when the kernel lets it. Never blocks."""
@@ -390,6 +445,7 @@ class Disk:
         job = Job(
             root=self._root,
             root_fd=self._root_fd,
+            root_device=self._root_device,
             path=name,
             offset=offset,
             size=size,
@@ -398,13 +454,47 @@ class Disk:
         )
         self._users_of_root += 1
         self._run(job, ends, name, longest_wait=longest_wait, on_completed=self._root_unused)
-        if self._root_fd < 0 and not self._closed:
+        if self._root_fd < 0 and not self._closed and job.step != Step.STEP_ROOT:
             self._root_fd = job.take_root()
+            if self._root_fd >= 0:
+                self._root_device = job.root_device
         self._check(job, name)
+        self._sample = name
         return job
+
+    def _make_probe(self) -> tuple[_Call, Callable[[], None]]:
+        """What asks the device whether it answers, and what becomes of the answer."""
+        assert self._root is not None
+        call = _Call(partial(probe, self._root, self._root_device, self._sample))
+        return call, partial(self._probed, call)
+
+    def _probed(self, call: _Call) -> None:
+        if isinstance(call.error, RootLost):
+            self._lose_root(root_lost(call.error.errno or 0))
+        elif isinstance(call.error, OSError) and call.error.errno not in OUT_OF_RESOURCES:
+            # The disk has answered, with an error. That is for its readers to hear, and no reason to refuse them.
+            self._counts.errors[_errno_name(call.error.errno or 0)] += 1
+            self._workers.root_found()
+        elif call.error is None:
+            self._root_device, self._sample = call.result.device, call.result.sample
+            self._workers.root_found()
+
+    def _lose_root(self, reason: str) -> None:
+        if not self._closed:
+            self._let_root_go()
+            self._workers.root_lost(reason)
+
+    def _let_root_go(self) -> None:
+        """Close the root as soon as nothing uses it; the next visit opens it anew."""
+        if self._users_of_root and self._root_fd >= 0:
+            self._old_roots.append(self._root_fd)
+            self._root_fd = -1
+        self._close_unused_root()
 
     def _root_unused(self) -> None:
         self._users_of_root -= 1
+        while self._old_roots and not self._users_of_root:
+            os.close(self._old_roots.pop())
         if self._closed:
             self._close_unused_root()
 
@@ -441,7 +531,7 @@ class Disk:
         except DiskTimeout:
             self._counts.timeouts += 1
             raise
-        except DiskBusy:
+        except (DiskBusy, DiskOffline):
             self._counts.rejections += 1
             raise
         except (RuntimeError, ValueError):
@@ -454,6 +544,8 @@ class Disk:
         if job.error:
             error = from_errno(self._name, path, job.error, job.step)
             self._counts.errors[_errno_name(job.error)] += 1
+            if isinstance(error, DiskOffline):
+                self._lose_root(error.reason)
             raise error
 
     def _take(self, job: Job) -> bytes:

@@ -50,6 +50,11 @@ class Disks(Mapping[str, Disk]):
         """All disks at this moment. Never touches a device."""
         return [disk.status for disk in self._disks.values()]
 
+    def watch(self) -> None:
+        """Begin to watch all disks now: each is OFFLINE until it has answered a first probe. Never blocks."""
+        for disk in self._disks.values():
+            disk.watch()
+
     def close(self) -> None:
         """Close all disks. Never blocks."""
         for disk in self._disks.values():

@@ -70,9 +70,20 @@ class DiskBusy(DiskError):
 
 
 class DiskOffline(DiskError):
-    """The disk is offline: its root directory is not there. Raised at once."""
+    """The disk is offline: it makes no progress, its root is not there, or somebody said so. Raised at once.
+
+    Attributes:
+        retry_after: Seconds until the next probe, after which the disk may be back; None when nobody knows.
+    """
 
     default_errno = errno.ENODEV
+
+    def __init__(
+        self, disk: str, path: bytes | None, reason: str, code: int | None = None, *, retry_after: float | None = None
+    ) -> None:
+        """Build the error; see `DiskError` for the other parameters."""
+        super().__init__(disk, path, reason, code)
+        self.retry_after = retry_after
 
 
 class DiskTimeout(DiskError, TimeoutError):
@@ -124,6 +135,17 @@ class DiskIOError(DiskError):
     """The disk answered, with an error: EIO and its kin. The errno says which."""
 
 
+def root_lost(code: int) -> str:
+    """Why a disk whose root cannot be opened is offline, in words.
+
+    Args:
+        code: errno; ESTALE stands for a root that is on another device than before.
+    """
+    if code == errno.ESTALE:
+        return "its root directory is on another device than before: was the disk unmounted?"
+    return f"its root directory cannot be opened: {os.strerror(code)}"
+
+
 _ACTION: dict[int, str] = {
     Step.STEP_STALL: "nanosleep",
     Step.STEP_OPEN: "open",
@@ -149,7 +171,7 @@ def from_errno(disk: str, path: bytes | None, code: int, step: int) -> DiskError
     if code in (errno.EMFILE, errno.ENFILE):
         return DiskBusy(disk, path, f"{words}: this process has no descriptor left; raise its limit (ulimit -n)", code)
     if step == Step.STEP_ROOT:
-        return DiskOffline(disk, path, f"its root directory cannot be opened: {words}", code)
+        return DiskOffline(disk, path, root_lost(code), code)
     if step == Step.STEP_TYPE:
         what = "is a directory" if code == errno.EISDIR else "is not a regular file"
         return DiskFileNotRegular(disk, path, f"{what}; only regular files are read", code)

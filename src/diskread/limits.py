@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 LONGEST_IDLE = 1_000_000
@@ -20,6 +21,14 @@ class Limits:
         deadline: Seconds that a read may take, waiting for a slot included, unless the caller says otherwise.
             `math.inf` means no deadline.
         idle: Seconds after which a thread without work goes away.
+        offline_after: Seconds without progress after which the disk is taken offline: an operation has been inside
+            the kernel all the time, and none has completed. `math.inf` never does.
+        idle_probe: A disk that hangs while nobody uses it is found out within this many seconds; more than
+            `offline_after`. `math.inf` leaves idle disks alone.
+        probe_interval: Seconds between the first two probes of an offline disk. The interval doubles from probe to
+            probe, with jitter.
+        probe_interval_max: Seconds between probes at most.
+        slow: Seconds at the disk after which a read is logged as slow. `math.inf` logs none.
 
     Raises:
         ValueError: A value out of its range; the message names it.
@@ -30,6 +39,11 @@ class Limits:
     queue: int = 64
     deadline: float = 10.0
     idle: float = 60.0
+    offline_after: float = 10.0
+    idle_probe: float = 30.0
+    probe_interval: float = 1.0
+    probe_interval_max: float = 30.0
+    slow: float = 1.0
 
     def __post_init__(self) -> None:
         """Check every value, so that a wrong one is found where it was written."""
@@ -45,6 +59,20 @@ class Limits:
         check_deadline(self.deadline)
         if not 0 < self.idle <= LONGEST_IDLE:
             raise ValueError(f"idle must be more than 0 and at most {LONGEST_IDLE} seconds, not {self.idle}")
+        for name in ("offline_after", "slow"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be a positive number of seconds, not {getattr(self, name)}")
+        if self.offline_after != math.inf and not self.idle_probe > self.offline_after:
+            raise ValueError(
+                f"idle_probe must be more than offline_after, {self.offline_after} seconds, not {self.idle_probe}"
+            )
+        if not 0.01 <= self.probe_interval < math.inf:
+            raise ValueError(f"probe_interval must be at least 0.01 seconds, not {self.probe_interval}")
+        if not self.probe_interval <= self.probe_interval_max < math.inf:
+            raise ValueError(
+                f"probe_interval_max must be at least probe_interval, {self.probe_interval} seconds, "
+                f"not {self.probe_interval_max}"
+            )
 
 
 def check_deadline(seconds: float) -> float:

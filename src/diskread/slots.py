@@ -7,6 +7,16 @@ from collections import OrderedDict
 from gevent.event import Event
 
 
+class SentAway(Exception):
+    """There will be no slot for those who wait: the line was sent away."""
+
+
+class _Turn(Event):  # type: ignore[misc,unused-ignore]
+    """The place of one greenlet in the line."""
+
+    granted = False
+
+
 class Slots:
     """A number of slots and a line of greenlets that wait for one. For one native thread.
 
@@ -23,7 +33,7 @@ class Slots:
         """
         self._count = count
         self._free = count
-        self._line: OrderedDict[Event, None] = OrderedDict()
+        self._line: OrderedDict[_Turn, None] = OrderedDict()
 
     @property
     def waiting(self) -> int:
@@ -51,31 +61,38 @@ class Slots:
         Returns:
             Whether there was one in time.
 
+        Raises:
+            SentAway: By `send_away`.
+
         Whatever else ends the wait (gevent.Timeout, a killed greenlet) passes through, and no slot is lost.
         """
         if self.take():
             return True
-        turn = Event()
+        turn = _Turn()
         self._line[turn] = None
         try:
             turn.wait(timeout)
         except BaseException:
-            if not self._leave(turn):
+            if turn.granted:
                 self.release()  # the slot came in the same turn of the hub
             raise
-        return not self._leave(turn)
+        finally:
+            self._line.pop(turn, None)
+        if turn.is_set() and not turn.granted:
+            raise SentAway
+        return turn.granted
 
     def release(self) -> None:
         """Give a slot back: to the first in line, if there is one. Never blocks; may be called in the hub."""
         if self._line:
             turn, _ = self._line.popitem(last=False)
+            turn.granted = True
             turn.set()
         else:
             self._free += 1
 
-    def _leave(self, turn: Event) -> bool:
-        """Leave the line; False when the turn has come already."""
-        if turn not in self._line:
-            return False
-        del self._line[turn]
-        return True
+    def send_away(self) -> None:
+        """Tell everybody in line that there will be no slot: their waits end now. Never blocks."""
+        while self._line:
+            turn, _ = self._line.popitem(last=False)
+            turn.set()

@@ -25,16 +25,22 @@ import gevent
 from gevent.threadpool import ThreadPool
 
 from ._syscalls import Job
-from .errors import DiskBusy, DiskTimeout
-from .health import Health, State
-from .slots import Slots
+from .errors import DiskBusy, DiskOffline, DiskTimeout
+from .health import Health, Refusal, State
+from .latency import Latency
+from .monitor import Monitor
+from .slots import SentAway, Slots
+from .slow_log import SlowLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gevent.event import AsyncResult
 
+    from .health import Kind
     from .limits import Limits
+
+    ProbeMaker = Callable[[], tuple["Task", Callable[[], None]]]
 
 
 class Task(Protocol):
@@ -52,6 +58,10 @@ class Task(Protocol):
     def take_descriptor(self) -> int:
         """Hand over a descriptor that is open and that nobody else will close, or -1."""
 
+    @property
+    def seconds(self) -> float:
+        """How long the work took in its thread, once it is done."""
+
 
 @dataclass(frozen=True)
 class Load:
@@ -64,7 +74,11 @@ class Load:
         stuck: Those of them that nobody waits for any more and that have had the disk's deadline for it.
         waiting: Callers that wait for a slot.
         oldest: Seconds that the oldest operation has been inside the kernel.
-        accepting: Whether an operation has a chance: not when every slot is stuck.
+        accepting: Whether an operation has a chance: not when the disk is offline, nor when every slot is stuck.
+        reason: Why the disk is offline; None when it is not.
+        since: Seconds for which the state has been what it is.
+        changes: How often the state has changed.
+        probes: Probes that were sent.
     """
 
     state: State = State.ONLINE
@@ -74,31 +88,47 @@ class Load:
     waiting: int = 0
     oldest: float = 0.0
     accepting: bool = True
+    reason: str | None = None
+    since: float = 0.0
+    changes: int = 0
+    probes: int = 0
 
 
 class _Visit:
     """One task on its way: what the hub knows of it."""
 
-    __slots__ = ("abandoned", "asked", "completed", "on_completed", "path", "task")
+    __slots__ = ("abandoned", "asked", "completed", "kind", "logged", "on_completed", "path", "started", "task")
 
-    def __init__(self, task: Task, path: bytes | None, asked: float, on_completed: Callable[[], None] | None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        path: bytes | None,
+        asked: float,
+        on_completed: Callable[[], None] | None,
+        kind: Kind = "request",
+    ) -> None:
         self.task = task
+        self.kind = kind
         self.path = path
         self.asked = asked
         self.on_completed = on_completed
+        self.started = asked
         self.abandoned = False
         self.completed = False
+        self.logged = False
 
 
 class _Crew:
     """The threads and slots of this process. Native threads do not survive fork(2): a child makes its own."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, clock: Callable[[], float], look: Callable[[_Crew], None]) -> None:
         self.process = os.getpid()
         self.hub = gevent.get_hub()
         self.pool = _new_pool(limits, self.hub)
         self.slots = Slots(limits.threads)
-        self.health = Health(limits.threads, limits.deadline)
+        self.health = Health(limits, clock())
+        self.monitor = Monitor(self.health, self.hub, clock, partial(look, self))
+        self.probes = 0
         self.to_close: deque[int] = deque()
 
 
@@ -113,19 +143,31 @@ class Workers:
     first use. `run` blocks the calling greenlet; nothing here blocks the hub.
     """
 
-    def __init__(self, name: str, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        name: str,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+        make_probe: ProbeMaker | None = None,
+    ) -> None:
         """Prepare; no thread is started before there is work.
 
         Args:
             name: Name of the disk, for errors.
             limits: Number of slots, length of the queue, idle time of the threads.
             clock: Monotonic time in seconds; another one is for tests.
+            make_probe: Makes a task that asks the device whether it answers, and what to call in the hub when it is
+                over; None when there is nothing to ask.
         """
         self._name = name
         self._limits = limits
         self._clock = clock
+        self._make_probe = make_probe
         self._crew: _Crew | None = None
         self._closed = False
+        self._log = SlowLog(name, limits.slow)
+        self.queue_time = Latency()
+        self.disk_time = Latency()
 
     def run(
         self,
@@ -148,6 +190,7 @@ class Workers:
 
         Raises:
             DiskBusy: No slot is free and the queue is full, or every slot is stuck, or no thread can be started.
+            DiskOffline: The disk is offline, or was taken offline while the caller waited for a slot.
             DiskTimeout: The deadline passed, in the queue or in the kernel.
             RuntimeError: Called after `close`, in the hub itself, or in another native thread than before.
 
@@ -168,7 +211,37 @@ class Workers:
             raise
         if not visit.completed:
             self._abandon(crew, visit)
+            self._log_stuck(visit)
             raise DiskTimeout(self._name, path, "missed its deadline: the disk has not answered", started=True)
+
+    def watch(self) -> None:
+        """Send a first probe now; the disk is offline until it has answered. Never blocks."""
+        crew = self._crew_here()
+        crew.health.await_first_answer(self._clock())
+        self._look(crew)
+
+    def set_offline(self, reason: str) -> None:
+        """Take the disk offline by hand, until `set_online`. Never blocks."""
+        crew = self._crew_here()
+        crew.health.set_offline(reason, self._clock())
+        self._look(crew)
+
+    def set_online(self) -> None:
+        """Forget that the disk is offline, whoever said so. Never blocks."""
+        crew = self._crew_here()
+        crew.health.set_online(self._clock())
+        self._expect_next_event(crew)
+
+    def root_lost(self, reason: str) -> None:
+        """The disk's root directory cannot be opened: take it offline until a probe finds it. Never blocks."""
+        crew = self._crew_here()
+        crew.health.missing(reason, self._clock())
+        self._look(crew)
+
+    def root_found(self) -> None:
+        """A probe has found the root. Never blocks."""
+        crew = self._crew_here()
+        crew.health.found(self._clock())
 
     def close_descriptor(self, descriptor: int) -> None:
         """Close a descriptor of the disk in a worker as soon as a slot is free: close(2) can hang too.
@@ -217,12 +290,16 @@ class Workers:
             stuck=health.stuck(now),
             waiting=crew.slots.waiting,
             oldest=health.oldest_age(now),
-            accepting=health.why_refused(now) is None,
+            accepting=health.admit(now) is None,
+            reason=health.reason(now),
+            since=now - health.since(now),
+            changes=health.changes,
+            probes=crew.probes,
         )
 
     def _crew_of_process(self) -> _Crew:
         if self._crew is None or self._crew.process != os.getpid():
-            self._crew = _Crew(self._limits)
+            self._crew = _Crew(self._limits, self._clock, self._look)
         return self._crew
 
     def _crew_here(self) -> _Crew:
@@ -238,9 +315,9 @@ class Workers:
             raise RuntimeError(f"{self._name}: the disk was closed")
         if gevent.getcurrent() is crew.hub:
             raise RuntimeError(f"{self._name}: the hub itself must not wait for a disk; spawn a greenlet")
-        refused = crew.health.why_refused(self._clock())
-        if refused is not None:
-            raise DiskBusy(self._name, path, refused)
+        refusal = crew.health.admit(self._clock())
+        if refusal is not None:
+            raise self._refuse(refusal, path)
         remaining = ends - self._clock()
         if remaining > 0 and crew.slots.take():
             return
@@ -251,8 +328,23 @@ class Workers:
                 f"all {self._limits.threads} slots are taken and {crew.slots.waiting} reads wait for one already",
             )
         timeout = min(remaining, longest_wait)
-        if timeout <= 0 or not crew.slots.wait(None if timeout == math.inf else timeout):
+        try:
+            granted = timeout > 0 and crew.slots.wait(None if timeout == math.inf else timeout)
+        except SentAway:  # even if the disk is back by now: it was offline
+            refusal = Refusal(True, "went offline while this read waited for a slot", self._limits.probe_interval)
+            raise self._refuse(crew.health.admit(self._clock()) or refusal, path) from None
+        refusal = crew.health.admit(self._clock())
+        if refusal is not None and refusal.offline:  # the verdict came while we waited
+            if granted:
+                crew.slots.release()
+            raise self._refuse(refusal, path)
+        if not granted:
             raise DiskTimeout(self._name, path, "waited too long for a free slot; nothing was read", started=False)
+
+    def _refuse(self, refusal: Refusal, path: bytes | None) -> DiskOffline | DiskBusy:
+        if not refusal.offline:
+            return DiskBusy(self._name, path, refusal.reason)
+        return DiskOffline(self._name, path, refusal.reason, retry_after=refusal.retry_after)
 
     def _start(self, crew: _Crew, visit: _Visit) -> AsyncResult[None]:
         """Hand a visit to the pool. The caller holds a slot for it, and has lost it when this fails. Never blocks."""
@@ -268,14 +360,20 @@ class Workers:
             raise DiskBusy(
                 self._name, visit.path, f"{error}: see the limits of the process (ulimit -u, the pids cgroup)"
             ) from error
-        crew.health.started(visit, self._clock())
+        visit.started = self._clock()
+        crew.health.started(visit, visit.started, visit.kind)
+        self._expect_next_event(crew)
         result.rawlink(partial(self._completed, crew, visit))
         return result
 
     def _completed(self, crew: _Crew, visit: _Visit, _result: AsyncResult[None]) -> None:
         """The system call has returned. Runs in the hub, before any greenlet that waits for the visit."""
+        now = self._clock()
         visit.completed = True
-        crew.health.completed(visit)
+        crew.health.completed(visit, now)
+        self._record(visit, now)
+        if crew.health.state(now) is State.OFFLINE:
+            crew.slots.send_away()
         if visit.abandoned:
             self._keep_descriptor(crew, visit)
         if visit.on_completed is not None:
@@ -284,6 +382,7 @@ class Workers:
             self._close_next(crew)  # in the slot that has just become free, before any reader
         else:
             crew.slots.release()
+        self._expect_next_event(crew)
         self._dismiss_when_idle(crew)
 
     def _abandon(self, crew: _Crew, visit: _Visit) -> None:
@@ -294,7 +393,7 @@ class Workers:
             self._keep_descriptor(crew, visit)
             self._close_waiting(crew)
         else:
-            crew.health.abandoned(visit, visit.asked)
+            crew.health.abandoned(visit, visit.asked, self._clock())
 
     def _drop(self, visit: _Visit) -> None:
         """The visit could not be started."""
@@ -327,11 +426,11 @@ class Workers:
 
     def _close_next(self, crew: _Crew) -> bool:
         """Close the next descriptor in a slot that the caller holds; False, and the slot is free, if it cannot be."""
-        closing = _Visit(Job(descriptor=crew.to_close.popleft()), None, self._clock(), None)
+        closing = _Visit(Job(descriptor=crew.to_close.popleft()), None, self._clock(), None, "close")
         closing.abandoned = True  # nobody waits for it
         try:
             self._start(crew, closing)
-            crew.health.abandoned(closing, closing.asked)
+            crew.health.abandoned(closing, closing.asked, closing.asked)
         except DiskBusy:  # no thread to be had: it stays in line until the next slot becomes free
             self._keep_descriptor(crew, closing)
             return False
@@ -340,3 +439,47 @@ class Workers:
     def _dismiss_when_idle(self, crew: _Crew) -> None:
         if self._closed and crew.slots.unused and not crew.to_close and crew.pool.maxsize:
             crew.pool.maxsize = 0  # unlike ThreadPool.kill() this does not wait for the threads
+            crew.monitor.stop()
+
+    def _look(self, crew: _Crew) -> None:
+        """See what time has brought. Runs in the hub, or on behalf of a caller."""
+        if crew.process != os.getpid():
+            crew.monitor.stop()  # a forked child has inherited the timer of its parent's crew
+            return
+        now = self._clock()
+        if crew.health.state(now) is State.OFFLINE:
+            crew.slots.send_away()
+        if crew.health.probe_due(now):
+            self._send_probe(crew, now)
+        self._expect_next_event(crew)
+
+    def _expect_next_event(self, crew: _Crew) -> None:
+        crew.monitor.expect(crew.health.next_event(self._clock()))
+
+    def _send_probe(self, crew: _Crew, now: float) -> None:
+        """Ask the device, in a slot like any other operation: one that hangs holds this slot, and no second is sent."""
+        if self._closed or self._make_probe is None or not crew.slots.take():
+            crew.health.postpone_probe(now)
+            return
+        task, on_completed = self._make_probe()
+        probe = _Visit(task, None, now, on_completed, "probe")
+        probe.abandoned = True  # no greenlet waits for it
+        try:
+            self._start(crew, probe)
+        except DiskBusy:
+            crew.health.postpone_probe(now)
+        else:
+            crew.probes += 1
+
+    def _record(self, visit: _Visit, now: float) -> None:
+        """Count and log how long an operation took."""
+        if visit.kind == "request":
+            queue, disk = visit.started - visit.asked, visit.task.seconds
+            self.queue_time.record(queue)
+            self.disk_time.record(disk)
+            self._log.finished(visit.path, queue, disk, stuck=visit.logged, now=now)
+
+    def _log_stuck(self, visit: _Visit) -> None:
+        now = self._clock()
+        visit.logged = True
+        self._log.stuck(visit.path, visit.started - visit.asked, now - visit.started, now=now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 SIMULATED = "simulated"
 """Name of the disk without files that carries out stalls which name no other disk."""
 
-SIMULATED_LIMITS = Limits(threads=1024, queue=100_000, deadline=3700.0)
+SIMULATED_LIMITS = Limits(threads=1024, queue=100_000, deadline=3700.0, offline_after=math.inf, slow=math.inf)
 """1,000 stalls at once need a thread each; the longest stall there is must fit into the deadline."""
 
 LONGEST_WAIT = 4.0
