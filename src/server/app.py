@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -107,8 +108,10 @@ def _disk_error(_request: falcon.Request, _response: falcon.Response, error: Dis
     """Say in HTTP what a disk said."""
     text = str(error)
     if isinstance(error, (DiskBusy, DiskOffline)):
-        title = "The disk is busy" if isinstance(error, DiskBusy) else "The disk is offline"
-        raise falcon.HTTPServiceUnavailable(title=title, description=text, retry_after=RETRY_AFTER) from error
+        title, retry_after = "The disk is busy", RETRY_AFTER
+        if isinstance(error, DiskOffline):
+            title, retry_after = "The disk is offline", max(RETRY_AFTER, math.ceil(error.retry_after or 0))
+        raise falcon.HTTPServiceUnavailable(title=title, description=text, retry_after=retry_after) from error
     if isinstance(error, DiskTimeout):
         raise falcon.HTTPGatewayTimeout(title="The disk missed the deadline", description=text) from error
     if isinstance(error, DiskPathInvalid):

@@ -35,6 +35,11 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     queue: int | None = None
     deadline: float | None = None
     idle: float | None = None
+    offline_after: float | None = None
+    idle_probe: float | None = None
+    probe_interval: float | None = None
+    probe_interval_max: float | None = None
+    slow: float | None = None
 
 
 class DiskConfig(LimitsConfig, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -43,6 +43,8 @@ class DiskDocument(msgspec.Struct):
     timeouts: int
     rejections: int
     abandoned: int
+    reason: str | None = None
+    """Why it is offline; null when it is not."""
 
 
 class StatusDocument(msgspec.Struct):
@@ -69,6 +71,7 @@ def describe(disk: DiskStatus) -> DiskDocument:
         name=disk.name,
         root=disk.root,
         state=load.state.value,
+        reason=load.reason,
         accepting=load.accepting,
         slots=limits.threads,
         queue=limits.queue,

@@ -10,7 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .status import StatusDocument
 
-_STYLES = {"online": "green", "suspect": "yellow"}
+_STYLES = {"online": "green", "suspect": "yellow", "half-open": "yellow", "offline": "bold red"}
 
 
 def disks_table(status: StatusDocument, title: str) -> Table:
@@ -26,7 +26,8 @@ def disks_table(status: StatusDocument, title: str) -> Table:
     for heading in ("slots", "stuck", "waiting", "oldest", "reads", "errors", "missed", "refused"):
         table.add_column(heading, justify="right")  # wraps before a name does
     for disk in status.disks:
-        state, style = (disk.state, _STYLES.get(disk.state, "")) if disk.accepting else ("refusing", "bold red")
+        refusing = not disk.accepting and disk.state in ("online", "suspect")
+        state, style = ("refusing", "bold red") if refusing else (disk.state, _STYLES.get(disk.state, ""))
         table.add_row(
             disk.name,
             f"[{style}]{state}[/]" if style else state,

@@ -168,10 +168,12 @@ def _table(title: str, load: Load, plan: Plan, status: StatusDocument | None) ->
         phase = f"{plan.hung} hangs, {plan.hang_end - now:.0f} s to go"
     else:
         phase = f"{plan.hung} is back"
-    table = Table(title=f"{title}: {phase}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=f"{title}: {phase}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     table.add_column("disk", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for heading in ("slots", "stuck", "answered", "missed", "refused", "failed", "p99 of 2 s"):
+    for heading in ("slots", "stuck", "answered", "missed", "refused", "failed", "p99"):
         table.add_column(heading, justify="right", no_wrap=True)
     disks = {disk.name: disk for disk in status.disks} if status is not None else {}
     for name in plan.disks:
@@ -181,7 +183,11 @@ def _table(title: str, load: Load, plan: Plan, status: StatusDocument | None) ->
         p99 = f"{recent.p99 * 1000:,.1f} ms" if recent.requests else "no reply"
         table.add_row(
             name,
-            "?" if disk is None else disk.state if disk.accepting else "[bold red]refusing[/]",
+            "?"
+            if disk is None
+            else disk.state
+            if disk.accepting or disk.state != "suspect"
+            else "[bold red]refusing[/]",
             "?" if disk is None else f"{disk.in_flight}/{disk.slots}",
             "?" if disk is None else str(disk.stuck),
             *(str(outcomes.get(outcome, 0)) for outcome in ("answered", "missed", "refused", "failed")),
@@ -208,7 +214,10 @@ def _verdict(console: Console, result: Result) -> None:
             table.add_row(
                 name,
                 f"{during.answered} of {during.requests}",
-                *(f"{seconds * 1000:,.1f}" for seconds in (during.p50, during.p99, act.before.p99, during.worst)),
+                *(
+                    f"{seconds * 1000:,.{0 if seconds >= 1 else 1}f}"
+                    for seconds in (during.p50, during.p99, act.before.p99, during.worst)
+                ),
             )
     console.print(table)
     hung = result.diskread.hung_during
