@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,11 +10,12 @@ import gevent
 import pytest
 
 from diskread import Disk, DiskError, DiskOffline
-from diskread.health import State
 from tests.conftest import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from diskread.health import State
 
 SLACK = 5.0
 """Seconds by which anything may be late: a machine with more to do than it can is no failure of a disk."""
@@ -69,7 +71,7 @@ class Callers:
     def longest_pause(self) -> float:
         """The most seconds between two outcomes, whoever had them."""
         times = sorted(self.ended_at)
-        return max((later - earlier for earlier, later in zip(times, times[1:], strict=False)), default=0.0)
+        return max((later - earlier for earlier, later in itertools.pairwise(times)), default=0.0)
 
 
 class Beside:
