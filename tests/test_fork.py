@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FORK = """
-import os, sys, time
+import os, sys, time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: that is the point
 import gevent, gevent.os
 from diskread import Disk, DiskBusy, Limits
 

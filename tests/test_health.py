@@ -727,7 +727,7 @@ class Model:
     def stalled(self, now: float) -> bool:
         """Something has been under way for `offline_after`, and nothing has completed meanwhile."""
         starts = [start for start, _ in self.in_flight.values()]
-        return bool(starts) and now - max(min(starts), self.answered) >= OFFLINE_AFTER
+        return bool(starts) and now >= max(min(starts), self.answered) + OFFLINE_AFTER  # rounded as Health does
 
 
 class Interleavings(RuleBasedStateMachine):

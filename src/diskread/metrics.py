@@ -41,6 +41,8 @@ _COUNTERS: dict[str, tuple[str, Callable[[DiskStatus], float]]] = {
     "diskread_read_bytes": ("Bytes that were handed to callers.", lambda disk: disk.counts.bytes),
     "diskread_timeouts": ("Reads that missed their deadline.", lambda disk: disk.counts.timeouts),
     "diskread_rejections": ("Reads that were refused at once.", lambda disk: disk.counts.rejections),
+    "diskread_probes": ("Probes that were sent.", lambda disk: disk.load.probes),
+    "diskread_state_changes": ("Changes of the verdict.", lambda disk: disk.load.changes),
     "diskread_abandoned": ("Reads whose caller went away before the end.", lambda disk: disk.counts.abandoned),
     "diskread_probes": ("Probes that were sent.", lambda disk: disk.load.probes),
     "diskread_state_changes": ("How often the state has changed.", lambda disk: disk.load.changes),

@@ -103,18 +103,24 @@ def test_completes_commands() -> None:
 # --- status ---
 
 
-def test_status_shows_a_healthy_server(server: ServerProcess) -> None:
-    for url in (server.url, f"{server.url}/", f"127.0.0.1:{server.port}"):
+@pytest.fixture
+def well(start_server: StartServer, tree: Path) -> ServerProcess:
+    """A server of which every disk is well."""
+    return start_server("--simulate", "--disk", f"d1={tree}")
+
+
+def test_status_shows_a_healthy_server(well: ServerProcess) -> None:
+    for url in (well.url, f"{well.url}/", f"127.0.0.1:{well.port}"):
         result = diskread("status", url)
         assert result.exit_code == 0, result.output
         assert "d1" in result.output
         assert "online" in result.output
 
 
-def test_status_as_json_is_the_servers_own(server: ServerProcess) -> None:
-    result = diskread("status", server.url, "--json")
+def test_status_as_json_is_the_servers_own(well: ServerProcess) -> None:
+    result = diskread("status", well.url, "--json")
     assert result.exit_code == 0
-    assert [disk["name"] for disk in json.loads(result.output)["disks"]] == ["d1", "lost", "simulated"]
+    assert [disk["name"] for disk in json.loads(result.output)["disks"]] == ["d1", "simulated"]
 
 
 def test_status_tells_scripts_of_a_disk_that_refuses(start_server: StartServer, tree: Path) -> None:
@@ -168,8 +174,8 @@ def test_status_is_not_fooled_by_another_page(server: ServerProcess) -> None:
     assert "404" in diskread("status", f"{server.url}/v1/d1").output
 
 
-def test_status_watches_until_interrupted(server: ServerProcess) -> None:
-    command = [sys.executable, "-m", "server", "status", server.url, "--watch", "--interval", "0.1"]
+def test_status_watches_until_interrupted(well: ServerProcess) -> None:
+    command = [sys.executable, "-m", "server", "status", well.url, "--watch", "--interval", "0.1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         watchdog = threading.Timer(PATIENCE, process.kill)
         watchdog.start()

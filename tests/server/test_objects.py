@@ -292,7 +292,7 @@ def test_files_are_read_only(server: ServerProcess, method: str) -> None:
 def test_a_root_that_is_not_there_is_503(server: ServerProcess) -> None:
     response = server.http("/v1/lost/small")
     assert "root directory" in problem(response, 503)
-    assert response.headers["Retry-After"] == "1"
+    assert 1 <= int(response.headers["Retry-After"]) <= 30, "the time of the next probe"
 
 
 def test_a_disk_that_hangs_is_504_then_503_and_comes_back(start_server: StartServer, tree: Path) -> None:

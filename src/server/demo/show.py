@@ -175,7 +175,7 @@ def _table(title: str, load: Load, plan: Plan, status: StatusDocument | None) ->
     )
     table.add_column("disk", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for heading in ("slots", "stuck", "answered", "missed", "refused", "failed", "p99 of 2 s"):
+    for heading in ("slots", "stuck", "answered", "missed", "refused", "failed", "p99"):
         table.add_column(heading, justify="right", no_wrap=True)
     disks = {disk.name: disk for disk in status.disks} if status is not None else {}
     table.caption, table.caption_justify, table.caption_style = reasons(disks.values()), "left", ""
@@ -213,7 +213,10 @@ def _verdict(console: Console, result: Result) -> None:
             table.add_row(
                 name,
                 f"{during.answered} of {during.requests}",
-                *(f"{seconds * 1000:,.1f}" for seconds in (during.p50, during.p99, act.before.p99, during.worst)),
+                *(
+                    f"{seconds * 1000:,.{0 if seconds >= 1 else 1}f}"
+                    for seconds in (during.p50, during.p99, act.before.p99, during.worst)
+                ),
             )
     console.print(table)
     hung = result.diskread.hung_during
