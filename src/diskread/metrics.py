@@ -44,8 +44,6 @@ _COUNTERS: dict[str, tuple[str, Callable[[DiskStatus], float]]] = {
     "diskread_probes": ("Probes that were sent.", lambda disk: disk.load.probes),
     "diskread_state_changes": ("Changes of the verdict.", lambda disk: disk.load.changes),
     "diskread_abandoned": ("Reads whose caller went away before the end.", lambda disk: disk.counts.abandoned),
-    "diskread_probes": ("Probes that were sent.", lambda disk: disk.load.probes),
-    "diskread_state_changes": ("How often the state has changed.", lambda disk: disk.load.changes),
 }
 
 _HISTOGRAMS: dict[str, tuple[str, Callable[[DiskStatus], Latency]]] = {

@@ -79,7 +79,6 @@ def describe(disk: DiskStatus) -> DiskDocument:
         name=disk.name,
         root=disk.root,
         state=load.state.value,
-        reason=load.reason,
         accepting=load.accepting,
         slots=limits.threads,
         queue=limits.queue,
