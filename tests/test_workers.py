@@ -692,6 +692,7 @@ class BrokenTask:
     """A task that breaks the promise not to raise."""
 
     seconds = 0.0
+    size = count = 0
 
     def run(self) -> None:
         raise LookupError("broken")

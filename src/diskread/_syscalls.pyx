@@ -440,6 +440,11 @@ cdef class Job:
         return self.visit.step
 
     @property
+    def size(self):
+        """Bytes that the visit was asked for."""
+        return self.visit.size
+
+    @property
     def count(self):
         """Bytes read."""
         return self.visit.count

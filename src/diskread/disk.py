@@ -133,6 +133,7 @@ class _Call:
         self.result: Any = None
         self.error: BaseException | None = None
         self.seconds = 0.0
+        self.size = self.count = 0
 
     def run(self) -> None:
         if self._abandoned:

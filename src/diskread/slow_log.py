@@ -31,24 +31,27 @@ class SlowLog:
         self._earned = -math.inf
         self._unsaid = 0
 
-    def finished(self, path: bytes | None, queue: float, disk: float, *, stuck: bool, now: float) -> None:
+    def finished(
+        self, path: bytes | None, count: int, queue: float, disk: float, *, stuck: bool, now: float
+    ) -> None:
         """An operation is over; log it when it was slow, or when it was logged as stuck.
 
         Args:
             path: What it was about.
+            count: Bytes that it read.
             queue: Seconds that it waited for a slot.
             disk: Seconds that it was inside the kernel.
             stuck: Whether its caller had given up.
             now: The time.
         """
         if stuck:
-            self._say(path, f"was stuck and is back after {disk:.3f} s at the disk", now)
+            self._say(path, f"was stuck and is back: {count} bytes after {disk:.3f} s at the disk", now)
         elif disk >= self._slow:
-            self._say(path, f"slow: {queue:.3f} s in the queue, {disk:.3f} s at the disk", now)
+            self._say(path, f"slow: {count} bytes, {queue:.3f} s in the queue, {disk:.3f} s at the disk", now)
 
-    def stuck(self, path: bytes | None, queue: float, disk: float, *, now: float) -> None:
-        """An operation has missed its deadline and is still inside the kernel."""
-        self._say(path, f"stuck: {queue:.3f} s in the queue, {disk:.3f} s at the disk so far", now)
+    def stuck(self, path: bytes | None, size: int, queue: float, disk: float, *, now: float) -> None:
+        """An operation that asked for `size` bytes has missed its deadline and is still inside the kernel."""
+        self._say(path, f"stuck: {size} bytes asked for, {queue:.3f} s in the queue, {disk:.3f} s at the disk so far", now)
 
     def _say(self, path: bytes | None, text: str, now: float) -> None:
         if self._earned != -math.inf:

@@ -63,6 +63,14 @@ class Task(Protocol):
     def seconds(self) -> float:
         """How long the work took in its thread, once it is done."""
 
+    @property
+    def size(self) -> int:
+        """Bytes that are to be read; 0 for what is no read."""
+
+    @property
+    def count(self) -> int:
+        """Bytes that were read, once it is done."""
+
 
 @dataclass(frozen=True)
 class Load:
@@ -497,9 +505,9 @@ class Workers:
             queue, disk = visit.started - visit.asked, visit.task.seconds
             self.queue_time.record(queue)
             self.disk_time.record(disk)
-            self._log.finished(visit.path, queue, disk, stuck=visit.logged, now=now)
+            self._log.finished(visit.path, visit.task.count, queue, disk, stuck=visit.logged, now=now)
 
     def _log_stuck(self, visit: _Visit) -> None:
         now = self._clock()
         visit.logged = True
-        self._log.stuck(visit.path, visit.started - visit.asked, now - visit.started, now=now)
+        self._log.stuck(visit.path, visit.task.size, visit.started - visit.asked, now - visit.started, now=now)
