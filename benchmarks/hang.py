@@ -1,7 +1,8 @@
 """One of four disks stops answering for a minute: what do the others notice, and what do its own callers get?
 
 The sick disk is an ext4 on a block device that stops (readers in state D), the healthy ones are plain directories; the
-load is open-loop. See README.md for how to read the result.
+load is open-loop. A second disk that stops is one that nobody uses: it must be found out all the same. Runs in which
+nothing hangs come in between, to tell the hang from the weather. See README.md for how to read the result.
 """
 
 from __future__ import annotations
@@ -33,15 +34,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SICK, HEALTHY = "sick", ("h1", "h2", "h3")
+SICK, UNUSED, HEALTHY = "sick", "unused", ("h1", "h2", "h3")
 
 THREADS = 8
 DEADLINE = 2.0
 OFFLINE_AFTER = 3.0
+IDLE_PROBE = 6.0
 PROBE_INTERVAL_MAX = 4.0
 
 SETTLED = 1.0
 """Seconds after OFFLINE was seen, and before the lift, that do not count as "once OFFLINE"."""
+
+WARM_UP = 2.0
+"""Seconds at the begin that do not count: connections are made and caches are filled."""
 
 WINDOW = 5.0
 MICROSECOND = 1e-6
@@ -87,26 +92,67 @@ class Rejections(msgspec.Struct, frozen=True, kw_only=True):
     max_ms: float
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """The result. Times are in seconds if they do not say otherwise, sizes in bytes."""
+class Sick(msgspec.Struct, frozen=True, kw_only=True):
+    """The disk that hangs. Times in seconds.
 
-    machine: Machine
-    load_average: tuple[float, float, float]
-    others_cpu_share: float | None
-    rate: float
-    phases: list[Phase]
-    sick_statuses: dict[str, int]
-    rejections: Rejections
-    offline_after: float
+    Attributes:
+        detection: From the begin of the hang to OFFLINE.
+        detection_unused: The same of the disk that nobody uses.
+        recovery: From the lift to ONLINE.
+        rejections: What its clients got once it was OFFLINE.
+        statuses: What they got in all, by status.
+        threads_most: Native threads of it at most.
+    """
+
     detection: float
+    detection_unused: float
     recovery: float
-    probe_interval_max: float
-    threads_limit: int
-    sick_threads_most: int
+    rejections: Rejections
+    statuses: dict[str, int]
+    threads_most: int
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of a server.
+
+    Attributes:
+        phases: What the healthy disks' clients got before, during and after the hang (or the same times without one).
+        sick: None where nothing hung.
+        process_threads_most: Native threads of the server at most.
+        memory_before: Resident memory of the server in bytes before the hang.
+        memory_most: The same at its most.
+        memory_after: The same at the end.
+        others_cpu_share: Share of the machine's CPU time that others used, the server and the load among them.
+    """
+
+    phases: list[Phase]
+    sick: Sick | None
     process_threads_most: int
     memory_before: int
     memory_most: int
     memory_after: int
+    others_cpu_share: float | None
+
+    def ratio_of_p99(self) -> float:
+        """p99 of the healthy disks in the middle phase against the first."""
+        return self.phases[1].p99_ms / self.phases[0].p99_ms
+
+    def ratio_of_throughput(self) -> float:
+        """Right answers per second in the middle phase against the first."""
+        return self.phases[1].per_second / self.phases[0].per_second
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """The result. Times are in seconds, sizes in bytes."""
+
+    machine: Machine
+    load_average: tuple[float, float, float]
+    rate: float
+    offline_after: float
+    idle_probe: float
+    probe_interval_max: float
+    threads_limit: int
+    runs: list[Run]
 
 
 class Look:
@@ -114,17 +160,17 @@ class Look:
 
     def __init__(self, server: ServerProcess) -> None:
         self._server = server
-        self.state = "online"
+        self.states: dict[str, str] = {}
         self.sick_threads_most = 0
         self.process_threads_most = 0
         self.memory_most = 0
 
     def __call__(self) -> float:
         """Look once; returns the time of it."""
-        disk = self._server.disk(SICK)
+        disks = {name: self._server.disk(name) for name in (SICK, UNUSED)}
         now = time.monotonic()
-        self.state = disk.state
-        self.sick_threads_most = max(self.sick_threads_most, disk.threads)
+        self.states = {name: disk.state for name, disk in disks.items()}
+        self.sick_threads_most = max(self.sick_threads_most, disks[SICK].threads)
         self.process_threads_most = max(self.process_threads_most, self._server.threads())
         self.memory_most = max(self.memory_most, self._server.memory())
         return now
@@ -136,25 +182,30 @@ class Look:
             advance()
             time.sleep(max(0.0, min(LOOK_SELDOM, ends - time.monotonic())))
 
-    def until_state(self, state: str, patience: float) -> float:
-        """Look often until the disk is in a state; returns the time at which it was first seen to be."""
+    def until_states(self, state: str, patience: float) -> dict[str, float]:
+        """Look often until both disks that hang are in a state; returns when each of them first was."""
         ends = time.monotonic() + patience
+        seen: dict[str, float] = {}
         while (now := self()) < ends:
-            if self.state == state:
-                return now
+            for name, each in self.states.items():
+                if each == state:
+                    seen.setdefault(name, now)
+            if len(seen) == len(self.states):
+                return seen
             time.sleep(LOOK_OFTEN)
-        raise click.ClickException(f"the sick disk was not {state} within {patience:g} s, but {self.state}")
+        raise click.ClickException(f"the disks were not {state} within {patience:g} s, but {self.states}")
 
 
-def run(lead: float, hang: float, rate: float, console: Console) -> Report:
-    """Measure: `lead` seconds before, `hang` seconds of hang, `lead` seconds after."""
+def run(lead: float, hang: float, rate: float, hangs: bool, console: Console) -> Run:
+    """Measure: `lead` seconds before, `hang` seconds of hang (or of none), `lead` seconds after."""
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        roots = {name: directory / name for name in (SICK, *HEALTHY)}
+        roots = {name: directory / name for name in (SICK, UNUSED, *HEALTHY)}
         for number, root in enumerate(roots.values()):
             write_files(root, number)
-        dying = stack.enter_context(Dying(roots[SICK], max_stall=hang + 60))
-        server = stack.enter_context(serving({**roots, SICK: dying.root}, directory))
+        sick = {name: stack.enter_context(Dying(roots[name], max_stall=hang + 60)) for name in (SICK, UNUSED)}
+        served = {**roots, **{name: dying.root for name, dying in sick.items()}}
+        server = stack.enter_context(serving(served, directory))
         total = lead + hang + lead
         begin = time.monotonic() + 1.5
         load = Load(
@@ -165,12 +216,12 @@ def run(lead: float, hang: float, rate: float, console: Console) -> Report:
                 rate=rate,
                 timeout=DEADLINE + 10,
                 seed=0,
-                content={name: str(root) for name, root in roots.items()},
+                content={name: str(root) for name, root in roots.items() if name != UNUSED},
                 output=str(directory / "answers"),
             )
         )
         stack.callback(load.kill)
-        clock, average, look = CpuClock(), load_average(), Look(server)
+        clock, look = CpuClock(), Look(server)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         progress = stack.enter_context(Progress(*columns, console=console, transient=True))
         task = progress.add_task("before", total=total)
@@ -180,47 +231,51 @@ def run(lead: float, hang: float, rate: float, console: Console) -> Report:
 
         look.until(begin + lead, advance)
         memory_before = server.memory()
-        files = [each for each in dying.root.iterdir() if each.is_file()]
-        progress.update(task, description="hang")
-        dying.hang()
+        files = [each for dying in sick.values() for each in dying.root.iterdir() if each.is_file()]
+        progress.update(task, description="hang" if hangs else "no hang")
         hung = time.monotonic()
-        for file in files:
-            drop_cached(file)  # the reads of the first phase have filled the page cache, which never hangs
-        offline = look.until_state("offline", OFFLINE_AFTER + 30)
+        offline = {}
+        if hangs:
+            for dying in sick.values():
+                dying.hang()
+            for file in files:
+                drop_cached(file)  # the reads of the first phase have filled the page cache, which never hangs
+            offline = look.until_states("offline", OFFLINE_AFTER + IDLE_PROBE + 30)
         look.until(hung + hang, advance)
         progress.update(task, description="after")
         lifted = time.monotonic()
-        dying.release()
-        online = look.until_state("online", PROBE_INTERVAL_MAX + 30)
+        online = {}
+        if hangs:
+            for dying in sick.values():
+                dying.release()
+            online = look.until_states("online", PROBE_INTERVAL_MAX + 30)
         look.until(begin + total, advance)
         answers = load.answers()
         share = clock.others_share()
         memory_after = server.memory()
         if server.stop() != 0:
             raise click.ClickException("the server did not end in peace")
-    phases = [
-        phase("before", answers, begin, hung),
-        phase("hang", answers, hung, lifted),
-        phase("after", answers, lifted, begin + total),
-    ]
-    return Report(
-        machine=describe(),
-        load_average=average,
-        others_cpu_share=share,
-        rate=rate,
-        phases=phases,
-        sick_statuses=statuses([each for each in answers if each.disk == SICK]),
-        rejections=rejections(answers, offline + SETTLED, lifted - SETTLED),
-        offline_after=OFFLINE_AFTER,
-        detection=offline - hung,
-        recovery=online - lifted,
-        probe_interval_max=PROBE_INTERVAL_MAX,
-        threads_limit=THREADS,
-        sick_threads_most=look.sick_threads_most,
+    return Run(
+        phases=[
+            phase("before", answers, begin + WARM_UP, hung),
+            phase("hang" if hangs else "no hang", answers, hung, lifted),
+            phase("after", answers, lifted, begin + total),
+        ],
+        sick=Sick(
+            detection=offline[SICK] - hung,
+            detection_unused=offline[UNUSED] - hung,
+            recovery=online[SICK] - lifted,
+            rejections=rejections(answers, offline[SICK] + SETTLED, lifted - SETTLED),
+            statuses=statuses([each for each in answers if each.disk == SICK]),
+            threads_most=look.sick_threads_most,
+        )
+        if hangs
+        else None,
         process_threads_most=look.process_threads_most,
         memory_before=memory_before,
         memory_most=look.memory_most,
         memory_after=memory_after,
+        others_cpu_share=share,
     )
 
 
@@ -235,7 +290,7 @@ def write_files(root: Path, number: int) -> None:
 def serving(roots: dict[str, Path], directory: Path) -> Iterator[ServerProcess]:
     config = directory / "diskread.toml"
     lines = ["[limits]", f"threads = {THREADS}", f"deadline = {DEADLINE}", f"offline_after = {OFFLINE_AFTER}"]
-    lines += [f"probe_interval_max = {PROBE_INTERVAL_MAX}"]
+    lines += [f"idle_probe = {IDLE_PROBE}", f"probe_interval_max = {PROBE_INTERVAL_MAX}"]
     for name, root in roots.items():
         lines += [f"[disk.{name}]", f'root = "{root}"']
     config.write_text("\n".join(lines))
@@ -306,54 +361,82 @@ def statuses(answers: Sequence[Answer]) -> dict[str, int]:
 
 def markdown(report: Report) -> str:
     """The report as tables."""
-    before = report.phases[0]
+    middle = report.runs[0].phases[1]
     lines = [
         "# One of four disks hangs",
         "",
         "Written by `python benchmarks/hang.py`; how to read it is in [README.md](../README.md).",
         "",
-        f"Open-loop load, {report.rate:g} requests per second and disk, {report.phases[1].seconds:.0f} s of hang.",
+        f"Open-loop load, {report.rate:g} requests per second and disk, {middle.seconds:.0f} s of hang.",
         "",
         "## Healthy disks",
         "",
-        "| phase | requests | right answers | per second | p50 ms | p99 ms | p99.9 ms | max ms | p99 : before |"
-        " per second : before | p99 of each 5 s: median (least, most) |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
+        "| runs | p99 in the middle : before, median | each run | per second in the middle : before, median | least |",
+        "| --- | --: | --: | --: | --: |",
+    ]
+    for name, hangs in (("a disk hangs", True), ("nothing hangs", False)):
+        runs = [each for each in report.runs if (each.sick is not None) == hangs]
+        if runs:
+            p99, throughput = [each.ratio_of_p99() for each in runs], [each.ratio_of_throughput() for each in runs]
+            lines.append(
+                f"| {name} | {statistics.median(p99):.2f} | {', '.join(f'{each:.2f}' for each in p99)} "
+                f"| {statistics.median(throughput):.3f} | {min(throughput):.3f} |"
+            )
+    lines += [
+        "",
+        "| run | phase | requests | right answers | per second | p50 ms | p99 ms | p99.9 ms | max ms |"
+        " p99 of each 5 s: median (least, most) |",
+        "| --: | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     lines += [
-        f"| {each.name} | {each.requests} | {each.succeeded} | {each.per_second:.1f} | {each.p50_ms:.2f} "
-        f"| {each.p99_ms:.2f} | {each.p99_9_ms:.2f} | {each.max_ms:.2f} | {each.p99_ms / before.p99_ms:.2f} "
-        f"| {each.per_second / before.per_second:.3f} | {statistics.median(each.window_p99_ms):.2f} "
+        f"| {number} | {each.name} | {each.requests} | {each.succeeded} | {each.per_second:.1f} | {each.p50_ms:.2f} "
+        f"| {each.p99_ms:.2f} | {each.p99_9_ms:.2f} | {each.max_ms:.2f} | {statistics.median(each.window_p99_ms):.2f} "
         f"({min(each.window_p99_ms):.2f}, {max(each.window_p99_ms):.2f}) |"
-        for each in report.phases
+        for number, run in enumerate(report.runs, 1)
+        for each in run.phases
     ]
-    rejected = report.rejections
-    rows = [
-        (f"detection (offline_after is {report.offline_after:g} s)", f"{report.detection:.2f} s"),
+    hung = [(run, run.sick) for run in report.runs if run.sick is not None]
+    rows: list[tuple[str, list[str]]] = [
+        (
+            f"detection (offline_after is {report.offline_after:g} s)",
+            [f"{sick.detection:.2f} s" for _, sick in hung],
+        ),
+        (
+            f"detection of the disk that nobody uses (idle_probe is {report.idle_probe:g} s)",
+            [f"{sick.detection_unused:.2f} s" for _, sick in hung],
+        ),
         (
             f"recovery after the lift (probe_interval_max is {report.probe_interval_max:g} s)",
-            f"{report.recovery:.2f} s",
+            [f"{sick.recovery:.2f} s" for _, sick in hung],
         ),
-        ("answers once OFFLINE, by status", str(rejected.statuses)),
-        ("rejection once OFFLINE, p50", f"{rejected.p50_ms:.2f} ms"),
-        ("rejection once OFFLINE, p99", f"{rejected.p99_ms:.2f} ms"),
-        ("all answers of the sick disk, by status", str(report.sick_statuses)),
-        (f"threads of the sick disk at most (limit {report.threads_limit})", str(report.sick_threads_most)),
-        ("threads of the process at most", str(report.process_threads_most)),
-        ("memory at its most, against before the hang", mib(report.memory_most - report.memory_before)),
-        ("memory at the end, against before the hang", mib(report.memory_after - report.memory_before)),
+        ("answers once OFFLINE, by status", [str(sick.rejections.statuses) for _, sick in hung]),
+        ("rejection once OFFLINE, p50", [f"{sick.rejections.p50_ms:.2f} ms" for _, sick in hung]),
+        ("rejection once OFFLINE, p99", [f"{sick.rejections.p99_ms:.2f} ms" for _, sick in hung]),
+        ("all answers of the sick disk, by status", [str(sick.statuses) for _, sick in hung]),
+        (f"its threads at most (limit {report.threads_limit})", [str(sick.threads_most) for _, sick in hung]),
+        ("threads of the process at most", [str(run.process_threads_most) for run, _ in hung]),
+        (
+            "memory at its most, against before the hang",
+            [mib(run.memory_most - run.memory_before) for run, _ in hung],
+        ),
+        (
+            "memory at the end, against before the hang",
+            [mib(run.memory_after - run.memory_before) for run, _ in hung],
+        ),
     ]
+    numbers = [number for number, run in enumerate(report.runs, 1) if run.sick is not None]
     lines += [
         "",
         "## The disk that hangs",
         "",
-        "| | |",
-        "| --- | --: |",
-        *[f"| {what} | {value} |" for what, value in rows],
+        f"| | {' | '.join(f'run {number}' for number in numbers)} |",
+        f"| --- |{' --: |' * len(numbers)}",
+        *[f"| {what} | {' | '.join(values)} |" for what, values in rows],
     ]
-    share = "unknown" if report.others_cpu_share is None else f"{report.others_cpu_share:.0%}"
     machine = [*report.machine.lines(), ("Load average at the start", f"{report.load_average[0]:.2f}")]
-    machine += [("CPU time of other processes, server and load among them", share)]
+    shares = [run.others_cpu_share for run in report.runs]
+    known = ", ".join("unknown" if share is None else f"{share:.0%}" for share in shares)
+    machine.append(("CPU time of other processes, server and load among them, each run", known))
     lines += ["", "## Machine", "", "| | |", "| --- | --- |", *[f"| {what} | {value} |" for what, value in machine]]
     return "\n".join(lines) + "\n"
 
@@ -365,6 +448,7 @@ def mib(size: int) -> str:
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--lead", type=click.FloatRange(5), default=20.0, help="Seconds before, and again after, the hang.")
 @click.option("--hang", type=click.FloatRange(8), default=60.0, help="Seconds of hang.")
+@click.option("--runs", type=click.IntRange(1), default=3, help="Runs with a hang, and as many without.")
 @click.option("--rate", type=click.FloatRange(1), default=100.0, help="Requests per second and disk.")
 @click.option(
     "--output",
@@ -372,13 +456,23 @@ def mib(size: int) -> str:
     default=RESULTS,
     help="Directory for hang.json and hang.md.",
 )
-def main(lead: float, hang: float, rate: float, output: Path) -> None:
+def main(lead: float, hang: float, runs: int, rate: float, output: Path) -> None:
     """Measure what a hung disk costs the healthy ones, and how fast its own callers are turned away.
 
     Needs root, /dev/fuse, a loop device and mkfs.ext4: the disk really hangs.
     """
     try:
-        report = run(lead, hang, rate, Console(stderr=True))
+        machine, average, console = describe(), load_average(), Console(stderr=True)
+        report = Report(
+            machine=machine,
+            load_average=average,
+            rate=rate,
+            offline_after=OFFLINE_AFTER,
+            idle_probe=IDLE_PROBE,
+            probe_interval_max=PROBE_INTERVAL_MAX,
+            threads_limit=THREADS,
+            runs=[run(lead, hang, rate, hangs, console) for _ in range(runs) for hangs in (True, False)],
+        )
     except SetupError as error:
         raise click.ClickException(str(error)) from error
     output.mkdir(parents=True, exist_ok=True)

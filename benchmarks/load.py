@@ -92,6 +92,10 @@ class Load:
         self._process.wait()
 
 
+class _NoAnswer(OSError):
+    """The server hung up without a byte of an answer."""
+
+
 class _Client:
     """Asks one disk, on as many connections as there are requests at a time; kept alive as long as all goes well."""
 
@@ -131,13 +135,23 @@ class _Client:
         self._answers.append(Answer(self._disk, due, time.monotonic(), status))
 
     def _exchange(self, name: str, start: int) -> tuple[int, bytes]:
-        sock = self._idle.pop() if self._idle else socket.create_connection(("127.0.0.1", self._plan.port))
+        # A server may hang up on a connection that was idle for long, and cross the next request in doing so: as
+        # clients do, ask again on another (RFC 9112, 9.3.1), unless a part of the answer has come.
+        while self._idle:
+            try:
+                return self._exchange_on(self._idle.pop(), name, start)
+            except _NoAnswer:
+                continue
+        return self._exchange_on(socket.create_connection(("127.0.0.1", self._plan.port)), name, start)
+
+    def _exchange_on(self, sock: Any, name: str, start: int) -> tuple[int, bytes]:
         try:
-            sock.sendall(
-                f"GET /v1/{self._disk}/{name} HTTP/1.1\r\nHost: localhost\r\n"
-                f"Range: bytes={start}-{start + RANGE - 1}\r\n\r\n".encode()
-            )
             data = b""
+            try:
+                sock.sendall(self._request(name, start))
+                data = _receive(sock)
+            except ConnectionError as error:
+                raise _NoAnswer from error
             while b"\r\n\r\n" not in data:
                 data += _receive(sock)
             head, _, body = data.partition(b"\r\n\r\n")
@@ -153,6 +167,12 @@ class _Client:
         else:
             self._idle.append(sock)
         return int(head[9:12]), body
+
+    def _request(self, name: str, start: int) -> bytes:
+        return (
+            f"GET /v1/{self._disk}/{name} HTTP/1.1\r\nHost: localhost\r\n"
+            f"Range: bytes={start}-{start + RANGE - 1}\r\n\r\n".encode()
+        )
 
 
 def _receive(sock: Any) -> bytes:

@@ -213,9 +213,9 @@ class ServerProcess:
         """What its /status says of one disk."""
         return next(disk for disk in self.status().disks if disk.name == name)
 
-    def wait_for_its_look_at(self, name: str) -> None:
-        """Wait until its look at a disk at the start is over: it takes a slot for a moment."""
-        until(lambda: self.disk(name).reads == 1 and not self.disk(name).in_flight, f"the look at {name}")
+    def wait_for_first_answer(self, name: str) -> None:
+        """Wait until the first probe of a disk is over: it takes a slot for a moment."""
+        until(lambda: self.disk(name).state == "online" and not self.disk(name).in_flight, f"the answer of {name}")
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))

@@ -233,7 +233,7 @@ def test_a_request_that_waits_four_seconds_is_not_carried_out(start_server: Star
     server = start_server(
         *("--simulate", "--disk", f"one={tree}", "--threads", "1", "--queue", "10", "--deadline", "30")
     )
-    server.wait_for_its_look_at("one")
+    server.wait_for_first_answer("one")
     with (
         server.connect() as late,
         holding(server, b"0,5500,one\n") as slow,
@@ -262,7 +262,7 @@ def test_a_request_that_waits_four_seconds_is_not_carried_out(start_server: Star
 
 def test_a_disk_without_a_free_slot_refuses(start_server: StartServer, tree: Path) -> None:
     server = start_server("--simulate", "--disk", f"one={tree}", "--threads", "1", "--queue", "0")
-    server.wait_for_its_look_at("one")
+    server.wait_for_first_answer("one")
     with holding(server, b"0,1000,one/small\n") as slow:
         until(lambda: server.disk("one").in_flight == 1, "the slow read to take the only slot")
         assert told(server.line(b"0,0,one/small\n"))[::2] == (3, b"one/small")
@@ -273,7 +273,7 @@ def test_a_disk_without_a_free_slot_refuses(start_server: StartServer, tree: Pat
 
 def test_a_read_that_misses_its_deadline_says_so(start_server: StartServer, tree: Path) -> None:
     server = start_server("--simulate", "--disk", f"one={tree}", "--threads", "1", "--queue", "0", "--deadline", "0.2")
-    server.wait_for_its_look_at("one")
+    server.wait_for_first_answer("one")
     status, total, path = told(server.line(b"0,1500,one/small\n"))
     assert (status, path) == (4, b"one/small")
     assert 200 <= total < 1500

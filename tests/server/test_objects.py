@@ -297,7 +297,7 @@ def test_a_root_that_is_not_there_is_503(server: ServerProcess) -> None:
 
 def test_a_disk_that_hangs_is_504_then_503_and_comes_back(start_server: StartServer, tree: Path) -> None:
     server = start_server("--simulate", "--disk", f"d1={tree}", "--threads", "1", "--queue", "9", "--deadline", "0.5")
-    server.wait_for_its_look_at("d1")
+    server.wait_for_first_answer("d1")
     with holding(server, b"0,2500,d1\n"):
         until(lambda: server.disk("d1").in_flight == 1, "the stall to begin")
         assert "d1/small" in problem(server.http("/v1/d1/small"), 504)

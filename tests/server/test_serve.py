@@ -137,10 +137,10 @@ def test_a_second_signal_does_not_wait(start_server: StartServer) -> None:
 
 def test_starts_with_what_it_says(start_server: StartServer, tree: Path) -> None:
     server = start_server("--disk", f"d1={tree}", "--disk", f"lost={tree}/nowhere", "--threads", "3")
-    until(lambda: "no directory" in server.said(), "the look at the disks")
+    until(lambda: "lost is offline" in server.said(), "the verdict on the disks")
     said = server.said()
     assert f"disk d1: {tree}, 3 slots" in said
-    assert f"disk lost: {tree}/nowhere is no directory now" in said
+    assert "disk lost is offline: its root directory cannot be opened: No such file or directory" in said
     assert "simulate" not in said
 
 

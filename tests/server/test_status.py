@@ -62,10 +62,10 @@ def test_status_of_a_running_server(server: ServerProcess) -> None:
 
 
 def test_describes_a_disk_that_hangs(tree: Path) -> None:
-    disk = Disk("d1", tree, Limits(threads=1, queue=5, deadline=0.1))
-    disk.read("small")
-    stick(disk, 0.3)
-    document = describe(disk.status)
+    with Disk("d1", tree, Limits(threads=1, queue=5, deadline=0.1)) as disk:
+        disk.read("small")
+        stick(disk, 0.3)
+        document = describe(disk.status)
     assert (document.name, document.root, document.state) == ("d1", str(tree), "suspect")
     assert (document.slots, document.queue, document.deadline) == (1, 5, 0.1)
     assert (document.in_flight, document.stuck, document.accepting) == (1, 1, False)
