@@ -2,12 +2,14 @@
 # make test   the whole test-suite
 # make bench  the benchmarks
 # make lint   what CI checks besides the tests
+# make sanitize  the extension under ASan and UBSan
+# make soak   a minute of disks that hang and recover at random
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/
 EXTENSION = setup.py pyproject.toml src/diskread/_syscalls.pyx src/diskread/_syscalls.pxd
 
-.PHONY: demo test coverage bench lint clean prerequisites
+.PHONY: demo test coverage bench lint sanitize soak clean prerequisites
 
 demo: $(VENV)/.installed
 	$(RUN)diskread demo
@@ -26,6 +28,12 @@ lint: $(VENV)/.installed-test $(VENV)/.installed-lint
 	$(RUN)ruff format --check .
 	$(RUN)ruff check .
 	$(RUN)mypy
+
+sanitize:
+	scripts/test-sanitizers $(PYTHON)
+
+soak: $(VENV)/.installed-test
+	$(RUN)python benchmarks/soak.py --seconds 60
 
 clean:
 	rm -rf build dist $(VENV) src/*.egg-info src/diskread/_syscalls.c src/diskread/*.so

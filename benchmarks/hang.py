@@ -148,6 +148,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     machine: Machine
     load_average: tuple[float, float, float]
     rate: float
+    sick_rate: float
     offline_after: float
     idle_probe: float
     probe_interval_max: float
@@ -196,7 +197,7 @@ class Look:
         raise click.ClickException(f"the disks were not {state} within {patience:g} s, but {self.states}")
 
 
-def run(lead: float, hang: float, rate: float, hangs: bool, console: Console) -> Run:
+def run(lead: float, hang: float, rate: float, sick_rate: float, hangs: bool, console: Console) -> Run:
     """Measure: `lead` seconds before, `hang` seconds of hang (or of none), `lead` seconds after."""
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -214,6 +215,7 @@ def run(lead: float, hang: float, rate: float, hangs: bool, console: Console) ->
                 begin=begin,
                 seconds=total,
                 rate=rate,
+                rates={SICK: sick_rate},
                 timeout=DEADLINE + 10,
                 seed=0,
                 content={name: str(root) for name, root in roots.items() if name != UNUSED},
@@ -367,7 +369,8 @@ def markdown(report: Report) -> str:
         "",
         "Written by `python benchmarks/hang.py`; how to read it is in [README.md](../README.md).",
         "",
-        f"Open-loop load, {report.rate:g} requests per second and disk, {middle.seconds:.0f} s of hang.",
+        f"Open-loop load, {report.rate:g} requests per second and healthy disk, {report.sick_rate:g} to the one that "
+        f"hangs, {middle.seconds:.0f} s of hang.",
         "",
         "## Healthy disks",
         "",
@@ -448,30 +451,40 @@ def mib(size: int) -> str:
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--lead", type=click.FloatRange(5), default=20.0, help="Seconds before, and again after, the hang.")
 @click.option("--hang", type=click.FloatRange(8), default=60.0, help="Seconds of hang.")
-@click.option("--runs", type=click.IntRange(1), default=3, help="Runs with a hang, and as many without.")
+@click.option("--runs", type=click.IntRange(1), default=3, help="Runs with a hang.")
+@click.option("--control/--no-control", default=True, help="After each run, one in which nothing hangs.")
 @click.option("--rate", type=click.FloatRange(1), default=100.0, help="Requests per second and disk.")
+@click.option("--sick-rate", type=click.FloatRange(1), help="Requests per second to the disk that hangs. [as --rate]")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=RESULTS,
     help="Directory for hang.json and hang.md.",
 )
-def main(lead: float, hang: float, runs: int, rate: float, output: Path) -> None:
+def main(
+    lead: float, hang: float, runs: int, control: bool, rate: float, sick_rate: float | None, output: Path
+) -> None:
     """Measure what a hung disk costs the healthy ones, and how fast its own callers are turned away.
 
     Needs root, /dev/fuse, a loop device and mkfs.ext4: the disk really hangs.
     """
     try:
+        sick_rate = rate if sick_rate is None else sick_rate
         machine, average, console = describe(), load_average(), Console(stderr=True)
         report = Report(
             machine=machine,
             load_average=average,
             rate=rate,
+            sick_rate=sick_rate,
             offline_after=OFFLINE_AFTER,
             idle_probe=IDLE_PROBE,
             probe_interval_max=PROBE_INTERVAL_MAX,
             threads_limit=THREADS,
-            runs=[run(lead, hang, rate, hangs, console) for _ in range(runs) for hangs in (True, False)],
+            runs=[
+                run(lead, hang, rate, sick_rate, hangs, console)
+                for _ in range(runs)
+                for hangs in ((True, False) if control else (True,))
+            ],
         )
     except SetupError as error:
         raise click.ClickException(str(error)) from error

@@ -41,6 +41,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         rate: Requests per second and disk.
         timeout: Seconds after which a request counts as lost.
         seed: Of the random choice of files and ranges.
+        rates: The same for single disks, where it differs.
         content: For each disk a directory with a copy of its files, to ask for and to compare with.
         output: File for the answers.
     """
@@ -53,6 +54,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     content: dict[str, str]
     output: str
+    rates: dict[str, float] = {}
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):
@@ -110,10 +112,10 @@ class _Client:
 
     def run(self, shift: float) -> None:
         """Send the requests on schedule, `shift` seconds after the beginning; return when all are answered."""
-        interval = 1 / self._plan.rate
+        rate = self._plan.rates.get(self._disk, self._plan.rate)
         under_way = set()
-        for number in range(int(self._plan.seconds * self._plan.rate)):
-            due = self._plan.begin + shift + number * interval
+        for number in range(int(self._plan.seconds * rate)):
+            due = self._plan.begin + shift + number / rate
             if (wait := due - time.monotonic()) > 0:
                 gevent.sleep(wait)
             request = gevent.spawn(self._ask, due)
