@@ -202,6 +202,27 @@ def test_a_completion_just_before_the_verdict_is_in_time() -> None:
     assert (health.state(100.0), health.changes) == (State.ONLINE, 0)
 
 
+def test_a_part_of_an_operation_is_progress() -> None:
+    parts = {"a": 0.0, "b": 0.0}
+    health = Health(LIMITS, 0.0, lambda: 0.0, parts.__getitem__)
+    health.started("a", 1.0)
+    health.started("b", 2.0)
+    parts["b"] = 9.0
+    assert health.next_event(9.0) > 9.0
+    assert health.state(18.9) is State.ONLINE
+    parts["a"] = 18.95
+    assert health.state(28.9) is State.ONLINE
+    assert health.state(28.95) is State.OFFLINE
+    assert health.changes == 1
+
+
+def test_a_part_that_came_in_the_future_is_no_reason_to_wait_longer() -> None:
+    health = Health(LIMITS, 0.0, lambda: 0.0, lambda _: 1e9)
+    health.started("a", 0.0)
+    assert health.state(9.0) is State.ONLINE
+    assert health.next_event(9.0) <= 19.0
+
+
 def test_nobody_is_offline_who_has_no_patience_to_lose() -> None:
     health = new_health(limits=Limits(threads=3, offline_after=math.inf))
     health.started("a", 0.0)

@@ -691,7 +691,7 @@ def test_a_task_is_taken_by_another_thread_while_a_new_one_cannot_be_started(
 class BrokenTask:
     """A task that breaks the promise not to raise."""
 
-    seconds = 0.0
+    seconds = progress = 0.0
     size = count = 0
 
     def run(self) -> None:

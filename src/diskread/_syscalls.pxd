@@ -4,8 +4,8 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 
 # Everything that one visit to the disk needs and everything that it found out. The part above the line is written
-# before the visit starts and only read by it; the part below is written by the visit alone. `abandoned` is the one
-# field that two threads may touch at the same time: it is only ever accessed atomically.
+# before the visit starts and only read by it; the part below is written by the visit alone. `abandoned` and
+# `progress_ns` are the fields that two threads may touch at the same time: they are only ever accessed atomically.
 cdef struct Visit:
     const char *root        # directory to open when root_fd is -1, or NULL
     int root_fd             # directory that path is resolved under, or -1
@@ -35,6 +35,7 @@ cdef struct Visit:
     size_t count            # bytes read
     int64_t started_ns      # CLOCK_MONOTONIC
     int64_t finished_ns
+    int64_t progress_ns     # CLOCK_MONOTONIC when a part of the bytes had come; atomic, anybody may look at any time
 
 
 cdef void visit_disk(Visit *visit) noexcept nogil

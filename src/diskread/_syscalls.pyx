@@ -86,6 +86,8 @@ cdef extern from *:
 
     static int diskread_load(int *flag) { return __atomic_load_n(flag, __ATOMIC_ACQUIRE); }
     static void diskread_store(int *flag, int value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }
+    static int64_t diskread_load_time(int64_t *time) { return __atomic_load_n(time, __ATOMIC_RELAXED); }
+    static void diskread_store_time(int64_t *time, int64_t value) { __atomic_store_n(time, value, __ATOMIC_RELAXED); }
     static int diskread_advance(int *flag, int from, int to) {
         return __atomic_compare_exchange_n(flag, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
     }
@@ -99,6 +101,8 @@ cdef extern from *:
     bint is_directory "diskread_is_directory"(uint32_t mode) nogil
     int load "diskread_load"(int *flag) nogil
     void store "diskread_store"(int *flag, int value) nogil
+    int64_t load_time "diskread_load_time"(int64_t *time) nogil
+    void store_time "diskread_store_time"(int64_t *time, int64_t value) nogil
     bint advance "diskread_advance"(int *flag, int before, int after) nogil
     ssize_t c_pread "pread"(int descriptor, void *buffer, size_t size, off_t offset) nogil
     int c_close "close"(int descriptor) nogil
@@ -128,7 +132,10 @@ cdef enum JobState:
     RUNNING = 2
     FINISHED = 3
 
-cdef int64_t MAX_READ = 0x7ffff000  # what one read(2) transfers at most on Linux: see its man page
+# Bytes of one pread(2). A large read makes progress that can be seen in between: on a disk that is slow, but not stuck,
+# eight reads of some MiB would complete nothing for minutes. As much as the kernel reads ahead by default (128 KiB,
+# /sys/block/*/queue/read_ahead_kb): less would cost more calls and gain nothing.
+cdef size_t MAX_READ = 128 * 1024
 cdef int MAX_RESOLVE_ATTEMPTS = 64
 
 cdef double MAX_STALL = 1e9  # seconds; keeps the arithmetic in nanoseconds far from overflow
@@ -219,13 +226,15 @@ cdef int do_read(Visit *visit) noexcept nogil:
     cdef ssize_t got
     while visit.count < visit.size:
         wanted = visit.size - visit.count
-        if wanted > <size_t>MAX_READ:
-            wanted = <size_t>MAX_READ
+        if wanted > MAX_READ:
+            wanted = MAX_READ
         got = c_pread(visit.descriptor, visit.buffer + visit.count, wanted, visit.offset + <int64_t>visit.count)
         if got == 0:
             return 0
         if got > 0:
             visit.count += got
+            if visit.count < visit.size:
+                store_time(&visit.progress_ns, now_ns())
         elif errno != EINTR:
             return fail(visit, STEP_READ, errno)
         if visit.count < visit.size and given_up(visit):
@@ -467,6 +476,11 @@ cdef class Job:
     def seconds(self):
         """How long the visit took, 0.0 before its end."""
         return (self.visit.finished_ns - self.visit.started_ns) / 1e9 if self.visit.finished_ns else 0.0
+
+    @property
+    def progress(self):
+        """When a part of the bytes had come last: CLOCK_MONOTONIC in seconds, 0.0 for never. At any time, any thread."""
+        return load_time(&self.visit.progress_ns) / 1e9
 
     @property
     def started_ns(self):

@@ -132,7 +132,7 @@ class _Call:
         self._abandoned = False
         self.result: Any = None
         self.error: BaseException | None = None
-        self.seconds = 0.0
+        self.seconds = self.progress = 0.0
         self.size = self.count = 0
 
     def run(self) -> None:

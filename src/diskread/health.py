@@ -1,8 +1,9 @@
 """The verdict on a disk. Pure: events and the time go in, the verdict comes out; no I/O, no clock, no gevent.
 
 A disk is OFFLINE when it makes no progress: an operation has been inside the kernel for `offline_after` seconds, and
-in that time none has completed. Slow is not stuck: a disk that completes operations, however slowly, stays ONLINE. An
-operation that fails has completed, too: the disk has answered. Only a close that returns proves nothing: close(2)
+in that time none has completed, nor a part of one. Slow is not stuck: a disk that completes operations, however slowly,
+stays ONLINE, and so does one that is in the middle of large reads and brings piece after piece. An operation that
+fails has completed, too: the disk has answered. Only a close that returns proves nothing: close(2)
 seldom reaches the device (never on ext4 and xfs: clients that leave a dead disk must not make it look alive).
 
     ONLINE <-> SUSPECT      an operation is stuck: it has had the disk's deadline, and its caller has given up
@@ -18,7 +19,7 @@ import math
 import random
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,16 +65,25 @@ class Health:
     and `next_event` says when that is worth doing next.
     """
 
-    def __init__(self, limits: Limits, now: float, jitter: Callable[[], float] = random.random) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        now: float,
+        jitter: Callable[[], float] = random.random,
+        progress_of: Callable[[Any], float] | None = None,
+    ) -> None:
         """Start with a disk of which nothing bad is known.
 
         Args:
             limits: Number of slots, deadline, and when to probe.
             now: The time.
             jitter: A random number from 0 to 1; another one is for tests.
+            progress_of: When an operation that is in flight last got a part of what it is to bring. Asked only when a
+                verdict is near; None when there are no parts.
         """
         self._limits = limits
         self._jitter = jitter
+        self._progress_of = progress_of
         # A timer of the event loop may fire a moment early, and a caller's missed deadline is the proof that counts.
         self._patience = limits.deadline * 0.95
         self._in_flight: dict[object, float] = {}
@@ -261,7 +271,15 @@ class Health:
             return math.inf
         return max(next(iter(self._in_flight.values())), self._progress) + self._limits.offline_after
 
+    def _note_partial_progress(self, now: float) -> None:
+        """Half of the time is over: see whether an operation that is in flight has got a part meanwhile."""
+        if self._progress_of is not None and now >= self._stalled_at() - self._limits.offline_after / 2:
+            latest = max(map(self._progress_of, self._in_flight), default=-math.inf)
+            self._progress = max(self._progress, min(latest, now))
+
     def _update(self, now: float) -> None:
+        if self._reason is None:
+            self._note_partial_progress(now)
         if self._reason is None and now >= self._stalled_at():
             self._refuse(f"no operation has completed for {self._limits.offline_after:g} s", now)
         if self._reason is not None:

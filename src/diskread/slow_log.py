@@ -31,9 +31,7 @@ class SlowLog:
         self._earned = -math.inf
         self._unsaid = 0
 
-    def finished(
-        self, path: bytes | None, count: int, queue: float, disk: float, *, stuck: bool, now: float
-    ) -> None:
+    def finished(self, path: bytes | None, count: int, queue: float, disk: float, *, stuck: bool, now: float) -> None:
         """An operation is over; log it when it was slow, or when it was logged as stuck.
 
         Args:
@@ -51,7 +49,9 @@ class SlowLog:
 
     def stuck(self, path: bytes | None, size: int, queue: float, disk: float, *, now: float) -> None:
         """An operation that asked for `size` bytes has missed its deadline and is still inside the kernel."""
-        self._say(path, f"stuck: {size} bytes asked for, {queue:.3f} s in the queue, {disk:.3f} s at the disk so far", now)
+        self._say(
+            path, f"stuck: {size} bytes asked for, {queue:.3f} s in the queue, {disk:.3f} s at the disk so far", now
+        )
 
     def _say(self, path: bytes | None, text: str, now: float) -> None:
         if self._earned != -math.inf:

@@ -64,6 +64,10 @@ class Task(Protocol):
         """How long the work took in its thread, once it is done."""
 
     @property
+    def progress(self) -> float:
+        """When a part of the work was done last: seconds on CLOCK_MONOTONIC, 0.0 for never. For any thread."""
+
+    @property
     def size(self) -> int:
         """Bytes that are to be read; 0 for what is no read."""
 
@@ -137,11 +141,15 @@ class _Crew:
         self.hub = gevent.get_hub()
         self.pool = _new_pool(limits, self.hub)
         self.slots = Slots(limits.threads)
-        self.health = Health(limits, clock())
+        self.health = Health(limits, clock(), progress_of=_progress_of)
         self.monitor = Monitor(self.health, self.hub, clock, partial(look, self))
         self.probes = 0
         self.verdict: tuple[State, str | None] = State.ONLINE, None
         self.to_close: deque[int] = deque()
+
+
+def _progress_of(visit: _Visit) -> float:
+    return visit.task.progress
 
 
 def _new_pool(limits: Limits, hub: gevent.hub.Hub) -> ThreadPool:

@@ -259,6 +259,27 @@ def test_a_slow_disk_under_overload_is_never_offline(throttled: Throttled, make_
     disk.close()  # before the file system is unmounted
 
 
+def test_a_slow_disk_under_large_reads_is_never_offline(
+    throttled: Throttled, make_sick: MakeSick, beside: Beside
+) -> None:
+    """256 kB/s, for which eight readers of 1 MiB compete: nothing completes for half a minute, but parts come."""
+    throttled.enter_process()
+    disk = make_sick(throttled.root, deadline=PATIENT, offline_after=3.0, idle_probe=3.5)
+    assert len(disk.read("f0", 0, PAGE)) == PAGE
+    verdicts = Verdicts(disk)
+    throttled.slow(256 * 1024)
+    callers = Callers(disk.limits.threads, lambda: disk.read(f"f{random.randrange(1, 8)}", 0, 1024 * 1024), again=True)
+    gevent.sleep(7)
+    assert disk.status.load.oldest > 6
+    assert set(verdicts.seen) == {State.ONLINE}
+    throttled.lift()
+    until(lambda: "ok" in callers.what)
+    callers.end()
+    until(lambda: nothing_in_flight(disk) and online(disk))
+    verdicts.end()
+    disk.close()  # before the file system is unmounted
+
+
 # The root
 
 
