@@ -17,7 +17,7 @@ from .conftest import SMALL, MakeDisk, until
 
 def test_the_defaults_are_allowed() -> None:
     limits = Limits()
-    assert dataclasses.astuple(limits) == (8, 64, 10.0, 60.0, 10.0, 30.0, 1.0, 30.0, 1.0)
+    assert dataclasses.astuple(limits) == (8, 64, 10.0, 60.0, 10.0, 30.0, 1.0, 30.0, 1.0, "auto")
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,19 @@ def test_what_is_out_of_range_is_named(field: str, value: float) -> None:
         Limits(**{field: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("field", [each.name for each in dataclasses.fields(Limits)])
+@pytest.mark.parametrize("field", [each.name for each in dataclasses.fields(Limits) if each.name != "inline"])
 @pytest.mark.parametrize("value", ["1", None, True, False, b"1", [1], 1j, object()], ids=repr)
 def test_what_is_of_the_wrong_type_is_named(field: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"^{field} must be "):
         Limits(**{field: value})
+
+
+def test_inline_is_one_of_two_words() -> None:
+    assert Limits(inline="off").inline == "off"
+    with pytest.raises(ValueError, match="^inline must be 'auto' or 'off', not 'on'"):
+        Limits(inline="on")
+    with pytest.raises(TypeError, match="^inline must be 'auto' or 'off', not True"):
+        Limits(inline=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("field", ["threads", "queue"])

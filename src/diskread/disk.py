@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import math
 import os
 import time
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import gevent
 
+from ._cached import TO_THE_END, CachedFile, CachedReader, Tally, open_path, read_path, unlinked
 from ._syscalls import CloseMode, Job, Step
 from .errors import (
     DiskBusy,
@@ -26,6 +29,7 @@ from .errors import (
     printable,
     root_lost,
 )
+from .inline import LIMIT, Capability, Inline, InlineStatus, capability
 from .limits import Limits, check_deadline
 from .probe import OUT_OF_RESOURCES, RootLost, probe
 from .workers import Load, Workers
@@ -48,6 +52,9 @@ CHUNK = 256 * 1024
 """Bytes of one chunk of a stream: large enough to make the hop to a thread cheap, small enough to hold two."""
 
 CLOCK = time.monotonic
+
+LARGEST = 2**63 - 1
+"""The largest offset of a file: off_t has 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,7 @@ class DiskStatus:
         counts: What it has done so far.
         queue_time: How long operations waited for a slot.
         disk_time: How long they were at the disk.
+        inline: What is read on the hub's own thread, and what was.
     """
 
     name: str
@@ -122,6 +130,7 @@ class DiskStatus:
     counts: Counts
     queue_time: Latency
     disk_time: Latency
+    inline: InlineStatus
 
 
 class _Call:
@@ -150,6 +159,47 @@ class _Call:
 
     def take_descriptor(self) -> int:
         return -1
+
+
+class _FirstVisit:
+    """The visit that opens the root; asks in the same hop what may be read inline on it."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.root = -1
+        self.capability: Capability | None = None
+        self.abandon, self.take_descriptor = job.abandon, job.take_descriptor
+
+    def run(self) -> None:
+        self.job.run()
+        self.root = self.job.take_root()
+        if self.root >= 0:
+            with contextlib.suppress(OSError):  # not known then: the next probe asks again
+                self.capability = capability(self.root)
+
+    def take_root(self) -> int:
+        root, self.root = self.root, -1
+        return root
+
+    @property
+    def seconds(self) -> float:
+        return self.job.seconds
+
+    @property
+    def progress(self) -> float:
+        return self.job.progress
+
+    @property
+    def size(self) -> int:
+        return self.job.size
+
+    @property
+    def count(self) -> int:
+        return self.job.count
+
+    def __del__(self) -> None:
+        if self.root >= 0:
+            os.close(self.root)  # nobody has taken it; an O_PATH descriptor, whose close does not reach the device
 
 
 class Disk:
@@ -203,6 +253,7 @@ class Disk:
         self._users_of_root = 0
         self._closed = False
         self._counts = Counts()
+        self._inline = Inline(self._limits.inline == "auto" and self._root is not None)
 
     @property
     def name(self) -> str:
@@ -233,7 +284,11 @@ class Disk:
         self._workers.on_change = function
 
     def read(self, path: Path, offset: int = 0, size: int | None = None, *, deadline: float | None = None) -> bytes:
-        """Read a range of a file in one visit to the disk: open, fstat, pread and close in one thread hop.
+        """Read a range of a file: at once, if it is in the page cache; else in one visit to the disk.
+
+        The visit is open, fstat, pread and close in one thread hop. What is in the page cache is read on the hub's own
+        thread where that cannot block (`DiskStatus.inline` says so), also when the disk is offline for lack of
+        progress; now and then such a read lets other greenlets have their turn.
 
         Args:
             path: The file, relative to the root. It may go through symbolic links that stay inside the root.
@@ -248,6 +303,31 @@ class Disk:
         Raises:
             DiskError: As the class says.
         """
+        inline = self._inline
+        if inline.on and self._root_fd >= 0 and not self._closed:
+            try:
+                found = read_path(
+                    self._root_fd,
+                    path,
+                    offset,
+                    TO_THE_END if size is None else size,
+                    LIMIT,
+                    inline.window,
+                    inline.flags,
+                    inline.tally,
+                )
+            except (OverflowError, TypeError):
+                found = 0  # the slow way says what is wrong
+            if type(found) is bytes:
+                if deadline is not None:
+                    check_deadline(deadline)
+                if inline.tally.due:
+                    _give_way(inline.tally)
+                return found
+            if isinstance(found, CachedFile):
+                return self._read_rest(found, path, offset, size, self._ends(deadline))
+            if isinstance(found, int):
+                inline.failed(found)
         ends = self._ends(deadline)
         if size is not None:
             return self._take(self._visit_path(path, ends, offset=offset, size=size))
@@ -291,7 +371,12 @@ class Disk:
         Raises:
             DiskError: As the class says.
         """
-        job = self._visit_path(path, self._ends(deadline))
+        ends = self._ends(deadline)
+        found = self._open_cached(path)
+        if found is not None:
+            self._inline.opened()
+            return FileStat(*found.stat)
+        job = self._visit_path(path, ends)
         assert job.stat is not None
         self._counts.reads += 1
         return FileStat(*job.stat)
@@ -358,7 +443,7 @@ class Disk:
         with self._open(path, ends, 0, FIRST_CHUNK, seconds, longest_wait) as opened:
             for _ in opened._chunks(0, opened.stat.size, lambda: ends):
                 pass
-            queue = opened._started - called
+            queue = opened.started - called
             return StallTimes(queue, CLOCK() - called - queue)
 
     @property
@@ -367,7 +452,10 @@ class Disk:
         counts = replace(self._counts, errors=Counter(self._counts.errors))
         workers = self._workers
         times = workers.queue_time.copy(), workers.disk_time.copy()
-        return DiskStatus(self._name, self.root, self._limits, workers.load, counts, *times)
+        inline = self._inline.status
+        counts.reads += inline.hits
+        counts.bytes += inline.bytes
+        return DiskStatus(self._name, self.root, self._limits, workers.load, counts, *times, inline)
 
     def watch(self) -> None:
         """Begin to watch the disk now, not on first use: it is OFFLINE until it has answered a first probe.
@@ -395,6 +483,7 @@ class Disk:
         Whatever device is at the root by then is the disk from now on. Never blocks.
         """
         self._root_device = None
+        self._inline.forget()
         self._let_root_go()
         self._workers.set_online()
 
@@ -432,6 +521,10 @@ class Disk:
     def _open(
         self, path: Path, ends: float, offset: int, size: int, stall: float, longest_wait: float = math.inf
     ) -> DiskFile:
+        if not stall:
+            found = self._open_cached(path)
+            if found is not None:
+                return self._cached_file(found, path, offset, size, ends)
         job = self._visit_path(
             path,
             ends,
@@ -441,7 +534,55 @@ class Disk:
             close_mode=CloseMode.CLOSE_AT_EOF if offset == 0 and size > 0 else CloseMode.CLOSE_NEVER,
             longest_wait=longest_wait,
         )
-        return DiskFile(self, self._checked_path(path), job, offset)
+        assert job.stat is not None
+        first = self._take(job)
+        return DiskFile(
+            self,
+            self._checked_path(path),
+            FileStat(*job.stat),
+            job.take_descriptor(),
+            offset,
+            first,
+            job.started_ns / 1e9,
+        )
+
+    # -- what the page cache has -------------------------------------------------------------------------------------
+
+    def _open_cached(self, path: Path) -> CachedFile | None:
+        inline = self._inline
+        if not inline.on or self._root_fd < 0 or self._closed:
+            return None
+        found = open_path(self._root_fd, path, inline.flags)
+        if isinstance(found, CachedFile):
+            return found
+        inline.failed(found)
+        return None
+
+    def _cached_file(self, found: CachedFile, path: Path, offset: int, size: int, ends: float) -> DiskFile:
+        """A file that was opened on the hub, and the first piece of it, wherever that is."""
+        stat, name = FileStat(*found.stat), os.fsencode(path)
+        offset, size = index(offset), index(size)
+        if not 0 <= offset <= LARGEST or not 0 <= size <= LARGEST - offset:
+            raise ValueError(f"offset and size must be between 0 and {LARGEST} bytes, not {offset} and {size}")
+        file = DiskFile(self, name, stat, found.take_descriptor(), offset, b"", CLOCK())
+        wanted = max(0, min(size, stat.size - offset))
+        if wanted:
+            try:
+                file._keep_first(offset, file._read(offset, wanted, ends))
+            except BaseException:
+                file.close()
+                raise
+        return file
+
+    def _read_rest(self, found: CachedFile, path: Path, offset: int, size: int | None, ends: float) -> bytes:
+        """The rest of a range, of which the beginning was in the page cache: of the very same file."""
+        stat, name = FileStat(*found.stat), os.fsencode(path)
+        stop = stat.size if size is None else min(stat.size, offset + size)
+        prefix = found.prefix
+        with DiskFile(self, name, stat, found.take_descriptor(), 0, b"", CLOCK()) as file:
+            if not prefix and stop - offset > LIMIT:
+                return file._read(offset, stop - offset, ends)
+            return prefix + file._read_in_worker(offset + len(prefix), stop - offset - len(prefix), ends)
 
     def _visit_path(
         self,
@@ -468,11 +609,14 @@ class Disk:
             close_mode=close_mode,
         )
         self._users_of_root += 1
-        self._run(job, ends, name, longest_wait=longest_wait, on_completed=self._root_unused)
-        if self._root_fd < 0 and not self._closed and job.step != Step.STEP_ROOT:
-            self._root_fd = job.take_root()
+        first = _FirstVisit(job) if self._root_fd < 0 else None
+        self._run(first or job, ends, name, longest_wait=longest_wait, on_completed=self._root_unused)
+        if first is not None and self._root_fd < 0 and not self._closed and job.step != Step.STEP_ROOT:
+            self._root_fd = first.take_root()
             if self._root_fd >= 0:
                 self._root_device = job.root_device
+                if first.capability is not None:
+                    self._inline.learn(first.capability)
         self._check(job, name)
         self._sample = name
         return job
@@ -492,6 +636,7 @@ class Disk:
             self._workers.root_found()
         elif call.error is None:
             self._root_device, self._sample = call.result.device, call.result.sample
+            self._inline.learn(call.result.capability)
             self._workers.root_found()
 
     def _lose_root(self, reason: str) -> None:
@@ -534,7 +679,7 @@ class Disk:
 
     def _run(
         self,
-        task: Job | _Call,
+        task: Job | _Call | _FirstVisit,
         ends: float,
         path: bytes | None,
         *,
@@ -577,18 +722,51 @@ class DiskFile:
     leaves the file open: the next one may succeed.
     """
 
-    def __init__(self, disk: Disk, path: bytes, job: Job, offset: int) -> None:
-        """For `Disk.open` only: take over what its job has opened and read."""
-        assert job.stat is not None
+    def __init__(
+        self, disk: Disk, path: bytes, stat: FileStat, descriptor: int, offset: int, first: bytes, started: float
+    ) -> None:
+        """For `Disk.open` only.
+
+        Args:
+            disk: Its disk.
+            path: Its path, for errors.
+            stat: What is known of it.
+            descriptor: Taken over; -1 when all of it is in `first`.
+            offset: Where `first` begins.
+            first: The first piece.
+            started: When the visit that opened it began.
+        """
         self._disk = disk
         self._path = path
-        self._stat = FileStat(*job.stat)
-        self._started = job.started_ns / 1e9
+        self._stat = stat
+        self._size = stat.size
+        self.started = started
         self._first_offset = offset
-        self._first = disk._take(job)
-        self._descriptor = job.take_descriptor()
+        self._first = first
+        self._descriptor = descriptor
         self._in_flight = 0
         self._closed = False
+        self._inline = disk._inline
+        self._tally = disk._inline.tally
+        self._reader = self._new_reader()
+        self._may_close_inline = self._reader is not None
+
+    def _new_reader(self) -> CachedReader | None:
+        """What reads inline, if anything may. Reads must leave the access time alone: updates wait for the journal."""
+        inline = self._inline
+        if not inline.on or self._descriptor < 0:
+            return None
+        if inline.flags:
+            try:
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, inline.flags)
+            except OSError as error:  # EPERM: somebody else's file
+                inline.failed(error.errno or 0)
+                return None
+        return CachedReader(self._descriptor, self._size, inline.window, inline.tally)
+
+    def _keep_first(self, offset: int, data: bytes) -> None:
+        """Keep a piece of the file for whoever asks for it again; all of it makes the descriptor superfluous."""
+        self._first_offset, self._first = offset, data
 
     @property
     def stat(self) -> FileStat:
@@ -610,9 +788,20 @@ class DiskFile:
             DiskError: As `Disk` says.
             ValueError: A negative number, or the file was closed.
         """
+        if self._reader is not None and deadline is None:
+            try:
+                wanted = self._size - offset if size is None else size
+                if wanted <= LIMIT:
+                    found = self._reader.read(offset, wanted)
+                    if type(found) is bytes:
+                        if self._tally.due:
+                            _give_way(self._tally)
+                        return found
+            except (OverflowError, TypeError):
+                pass  # the slow way says what is wrong
         ends = self._disk._ends(deadline)
         offset = index(offset)
-        return self._read(offset, max(0, self._stat.size - offset) if size is None else index(size), ends)
+        return self._read(offset, max(0, self._size - offset) if size is None else index(size), ends)
 
     def chunks(
         self, start: int = 0, stop: int | None = None, *, deadline: float | None = None
@@ -645,6 +834,7 @@ class DiskFile:
         """Close the file in a worker as soon as nothing reads from it any more. Never blocks."""
         if not self._closed:
             self._closed = True
+            self._reader = None
             self._close_unused()
 
     def __enter__(self) -> DiskFile:
@@ -682,6 +872,29 @@ class DiskFile:
         in_memory = self._from_first(offset, size)
         if in_memory is not None:
             return in_memory
+        if self._reader is not None and size:
+            return self._read_what_is_cached(self._reader, offset, size, ends)
+        return self._read_in_worker(offset, size, ends)
+
+    def _read_what_is_cached(self, reader: CachedReader, offset: int, size: int, ends: float) -> bytes:
+        """Read on the hub as far as the page cache goes, the rest in a worker."""
+        pieces: list[bytes] = []
+        while True:
+            wanted = min(size, LIMIT)
+            found = reader.read(offset, wanted)
+            data, error = (found, 0) if isinstance(found, bytes) else found
+            pieces.append(data)
+            offset, size = offset + len(data), size - len(data)
+            if error or len(data) < wanted or not size:
+                break
+            if self._tally.due:
+                _give_way(self._tally)
+                self._check_open()
+        if error:
+            pieces.append(self._read_in_worker(offset, size, ends))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _read_in_worker(self, offset: int, size: int, ends: float) -> bytes:
         job = Job(
             descriptor=self._descriptor,
             borrowed=True,
@@ -709,7 +922,7 @@ class DiskFile:
             chunk: bytes | Exception = self._first[begin : begin + stop - start] if begin else self._first
         else:
             chunk = self._attempt(start, min(CHUNK, stop - start), ends())
-        ahead = None
+        ahead = following = None
         try:
             while start < stop:
                 if isinstance(chunk, Exception):
@@ -723,13 +936,29 @@ class DiskFile:
                 chunk = chunk[: stop - start]
                 start += len(chunk)
                 if start < stop:
-                    ahead = gevent.spawn(self._attempt, start, min(CHUNK, stop - start), ends())
+                    size = min(CHUNK, stop - start)
+                    following = self._cached_chunk(start, size)
+                    if following is None:
+                        ahead = gevent.spawn(self._attempt, start, size, ends())
                 yield chunk
                 if ahead is not None:
                     chunk, ahead = ahead.get(), None
+                elif following is not None:
+                    chunk = following
         finally:
             if ahead is not None:
                 ahead.kill(block=False)
+
+    def _cached_chunk(self, offset: int, size: int) -> bytes | None:
+        """The next chunk, if no greenlet is needed to wait for it."""
+        if self._reader is None:
+            return None
+        found = self._reader.read(offset, size)
+        if not isinstance(found, bytes) or not found:
+            return None
+        if self._tally.due:
+            _give_way(self._tally)
+        return found
 
     def _attempt(self, offset: int, size: int, ends: float) -> bytes | Exception:
         """Read; an error is a result, because gevent reports what is raised in a greenlet even when it is awaited."""
@@ -747,7 +976,17 @@ class DiskFile:
         # A job that has not started yet knows the file by its number, which must not be given to another one.
         if not self._in_flight:
             descriptor, self._descriptor = self._descriptor, -1
-            self._disk._workers.close_descriptor(descriptor)
+            if self._may_close_inline and descriptor >= 0 and not unlinked(descriptor):
+                os.close(descriptor)  # which never waits for the device where reads may be inline
+            else:
+                self._disk._workers.close_descriptor(descriptor)
+
+
+def _give_way(tally: Tally) -> None:
+    """Let other greenlets have their turn, unless this is the hub itself."""
+    tally.turn()
+    if gevent.getcurrent() is not gevent.get_hub():
+        gevent.sleep(0)
 
 
 def _nanoseconds(seconds: float) -> int:

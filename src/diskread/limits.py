@@ -28,6 +28,8 @@ class Limits:
         probe_interval: Seconds between the first two probes of an offline disk. The interval doubles from probe to
             probe, with jitter.
         probe_interval_max: Seconds between probes at most.
+        inline: "auto" reads what is in the page cache on the hub's own thread, where that cannot block
+            (`diskread.inline`); "off" never does.
         slow: Seconds at the disk after which a read is logged as slow. `math.inf` logs none.
 
     Raises:
@@ -44,10 +46,14 @@ class Limits:
     probe_interval: float = 1.0
     probe_interval_max: float = 30.0
     slow: float = 1.0
+    inline: str = "auto"
 
     def __post_init__(self) -> None:
         """Check every value, so that a wrong one is found where it was written."""
+        _check_choice("inline", self.inline, ("auto", "off"))
         for field in fields(self):
+            if field.name == "inline":
+                continue
             value = getattr(self, field.name)
             whole = field.name in ("threads", "queue")
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
@@ -73,6 +79,12 @@ class Limits:
                 f"probe_interval_max must be at least probe_interval, {self.probe_interval} seconds, "
                 f"not {self.probe_interval_max}"
             )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}")
 
 
 def check_deadline(seconds: float) -> float:

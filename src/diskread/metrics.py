@@ -33,6 +33,7 @@ _GAUGES: dict[str, tuple[str, Callable[[DiskStatus], float]]] = {
     "diskread_waiting": ("Callers that wait for a slot.", lambda disk: disk.load.waiting),
     "diskread_threads": ("Native threads, idle ones included.", lambda disk: disk.load.threads),
     "diskread_oldest_age_seconds": ("Age of the oldest operation in the kernel.", lambda disk: disk.load.oldest),
+    "diskread_inline": ("Whether cached data is read without a thread.", lambda disk: disk.inline.on),
     "diskread_state_age_seconds": ("For how long the state has been what it is.", lambda disk: disk.load.since),
 }
 
@@ -43,6 +44,9 @@ _COUNTERS: dict[str, tuple[str, Callable[[DiskStatus], float]]] = {
     "diskread_rejections": ("Reads that were refused at once.", lambda disk: disk.counts.rejections),
     "diskread_probes": ("Probes that were sent.", lambda disk: disk.load.probes),
     "diskread_state_changes": ("Changes of the verdict.", lambda disk: disk.load.changes),
+    "diskread_inline_hits": ("Reads that needed no thread: cached.", lambda disk: disk.inline.hits),
+    "diskread_inline_partial_hits": ("Reads whose beginning was cached.", lambda disk: disk.inline.partial),
+    "diskread_inline_misses": ("Reads that were tried inline in vain.", lambda disk: disk.inline.misses),
     "diskread_abandoned": ("Reads whose caller went away before the end.", lambda disk: disk.counts.abandoned),
 }
 
@@ -93,10 +97,16 @@ class DiskCollector(Collector):
                 histogram.add_metric([disk.name], _cumulative(times(disk)), times(disk).total)
             yield histogram
         errors = CounterMetricFamily("diskread_errors", "Visits that failed, by errno.", labels=["disk", "errno"])
+        fallbacks = CounterMetricFamily(
+            "diskread_inline_fallbacks", "Reads that could not be tried inline, by errno.", labels=["disk", "errno"]
+        )
         state = StateSetMetricFamily("diskread_state", "The verdict on the disk.", labels=["disk"])
         for disk in disks:
             for code, count in disk.counts.errors.items():
                 errors.add_metric([disk.name, code], count)
+            for code, count in disk.inline.fallbacks.items():
+                fallbacks.add_metric([disk.name, code], count)
             state.add_metric([disk.name], {each.value: disk.load.state is each for each in State})
         yield errors
+        yield fallbacks
         yield state

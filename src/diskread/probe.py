@@ -11,6 +11,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .inline import Capability, capability
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -46,11 +48,13 @@ class Findings:
         device: Device number of the root (`st_dev`).
         sample: A file that can be read, relative to the root; None when the disk has none within reach.
         direct: Whether it was read past the page cache with O_DIRECT.
+        capability: What the file system allows to be read inline.
     """
 
     device: int
     sample: bytes | None
     direct: bool
+    capability: Capability
 
 
 def probe(root: bytes, device: int | None, sample: bytes | None) -> Findings:
@@ -75,20 +79,21 @@ def probe(root: bytes, device: int | None, sample: bytes | None) -> Findings:
         raise RootLost(error.errno, error.strerror) from error
     try:
         found = os.fstat(directory).st_dev
+        allows = capability(directory)
         if device is not None and found != device:
             raise RootLost(errno.ESTALE, "another device is there now: was it unmounted?")
         if sample is not None:
             try:
-                return Findings(found, sample, _read_block(directory, sample))
+                return Findings(found, sample, _read_block(directory, sample), allows)
             except _Unsuitable:
                 pass  # the file has gone, which is no fault of the disk: look for another
         with closing(_files(directory, found)) as paths:
             for path in paths:
                 try:
-                    return Findings(found, path, _read_block(directory, path))
+                    return Findings(found, path, _read_block(directory, path), allows)
                 except _Unsuitable:
                     continue
-        return Findings(found, None, False)
+        return Findings(found, None, False, allows)
     finally:
         os.close(directory)
 

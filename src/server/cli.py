@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .commands.check import check
 from .commands.completion import completion
 from .commands.demo import demo
 from .commands.disk import disk
@@ -22,11 +23,12 @@ def main() -> None:
     \b
     diskread demo                     see it in 30 seconds, nothing to set up
     diskread serve --disk a=/srv/a    serve a directory on 127.0.0.1:7000
+    diskread check /srv/a             what can be read there without a thread, and if not, why
     diskread probe 127.0.0.1:7000     does one slow read hold up the others? Of any server.
     diskread status --watch           the disks of a running server, live
     diskread disk offline a ...       take a disk of a running server offline by hand
     """
 
 
-for _command in (serve, demo, probe, request, status, disk, completion):
+for _command in (serve, demo, check, probe, request, status, disk, completion):
     main.add_command(_command)

@@ -44,6 +44,7 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     probe_interval: float | None = None
     probe_interval_max: float | None = None
     slow: float | None = None
+    inline: str | None = None
 
 
 class DiskConfig(LimitsConfig, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -21,6 +21,28 @@ if TYPE_CHECKING:
     from diskread import Disks, DiskStatus
 
 
+class InlineDocument(msgspec.Struct):
+    """Reads on the hub's own thread: what the page cache has.
+
+    Attributes:
+        on: Whether they are tried.
+        reason: Why not.
+        hits: Reads (also opens) that needed no thread.
+        partial: Reads of which the beginning was cached.
+        misses: Reads of which nothing was.
+        bytes: Bytes that were read inline.
+        fallbacks: Reads that could not be tried, by errno.
+    """
+
+    on: bool
+    reason: str | None
+    hits: int
+    partial: int
+    misses: int
+    bytes: int
+    fallbacks: dict[str, int]
+
+
 class DiskDocument(msgspec.Struct):
     """A disk in `/status`. Times are in seconds."""
 
@@ -52,6 +74,7 @@ class DiskDocument(msgspec.Struct):
     probes: int = 0
     """How many probes were sent."""
     next_probe: float | None = None
+    inline: InlineDocument | None = None
     """Time to the next one; 0 while one is under way, null when none will be sent."""
 
 
@@ -74,7 +97,7 @@ def version() -> str:
 
 def describe(disk: DiskStatus) -> DiskDocument:
     """Flatten the status of a disk."""
-    load, counts, limits = disk.load, disk.counts, disk.limits
+    load, counts, limits, inline = disk.load, disk.counts, disk.limits, disk.inline
     return DiskDocument(
         name=disk.name,
         root=disk.root,
@@ -99,6 +122,15 @@ def describe(disk: DiskStatus) -> DiskDocument:
         changes=load.changes,
         probes=load.probes,
         next_probe=None if load.next_probe is None else round(load.next_probe, 3),
+        inline=InlineDocument(
+            on=inline.on,
+            reason=inline.reason,
+            hits=inline.hits,
+            partial=inline.partial,
+            misses=inline.misses,
+            bytes=inline.bytes,
+            fallbacks=dict(inline.fallbacks),
+        ),
     )
 
 

@@ -33,6 +33,7 @@ GAUGES = {
     "diskread_threads",
     "diskread_oldest_age_seconds",
     "diskread_state_age_seconds",
+    "diskread_inline",
 }
 COUNTERS = {
     "diskread_reads",
@@ -43,6 +44,10 @@ COUNTERS = {
     "diskread_probes",
     "diskread_state_changes",
     "diskread_errors",
+    "diskread_inline_hits",
+    "diskread_inline_partial_hits",
+    "diskread_inline_misses",
+    "diskread_inline_fallbacks",
 }
 HISTOGRAMS = {"diskread_queue_seconds", "diskread_disk_seconds"}
 
