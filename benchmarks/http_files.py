@@ -20,7 +20,7 @@ import time
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, TypeAlias
 
 import click
 import msgspec
@@ -55,7 +55,8 @@ SERVERS = ROOT / "benchmarks" / "servers"
 PACKAGES = ("nginx-light", "golang-go", "wrk", "fio")
 OURS, BARE = "diskread", "bare pywsgi, constant"
 
-# Asks for one file after another, and ends when each was asked for once: what comes then would be cached.
+# Asks for one file after another, and ends when as many were answered as there are: what comes then would be cached.
+# A connection asks when it has its last answer, so the others, LESS of them, are what is still on its way.
 SCRIPT = """
 local ffi = require("ffi")
 ffi.cdef[[
@@ -70,7 +71,7 @@ end
 local count, began = 0, 0
 function request()
    if count == 0 then began = now() end
-   if count == FILES then
+   if count == FILES + LESS then
       io.write(string.format("All files: %.6f\\n", now() - began))
       wrk.thread:stop()
    end
@@ -96,7 +97,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     connections: int = 16
 
 
-FULL = Settings(files={4096: 16_384, 65_536: 4096, 16 << 20: 24})
+FULL = Settings(files={4096: 16_384, 65_536: 4096, 16 << 20: 32})
 QUICK = Settings(files={4096: 4096, 65_536: 1024, 16 << 20: 6}, rounds=1)
 
 
@@ -319,14 +320,15 @@ def output_of(*command: str) -> str:
 # --- Load -------------------------------------------------------------------------------------------------------------
 
 
-Load = tuple[int, int, float, Optional[float], Optional[float]]
+Load: TypeAlias = "tuple[int, int, float, float | None, float | None]"
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 
 
 def wrk(server: Server, size: int, hot: bool, settings: Settings, place: Path) -> Load:
     """Requests, failed ones, requests per second, p50 and p99 in seconds."""
     script = place / f"{size}.lua"
-    script.write_text(SCRIPT.replace("FILES", str(settings.files[size])))
+    files = settings.files[size]
+    script.write_text(SCRIPT.replace("FILES", str(files)).replace("LESS", str(settings.connections - 1)))
     url = f"http://127.0.0.1:{server.port}{server.path(size, 0 if hot else None)}"
     command = ["wrk", "-t1", f"-c{settings.connections}", f"-d{settings.seconds}s", "--timeout", "20s", "--latency"]
     done = subprocess.run(
@@ -347,7 +349,7 @@ def wrk(server: Server, size: int, hot: bool, settings: Settings, place: Path) -
     failed += sum(int(each) for each in errors.groups()) if errors else 0
     total, rate = number(r"(\d+) requests in"), number(r"Requests/sec: +([\d.]+)")
     used_up = number(r"All files: ([\d.]+)")
-    return int(total), int(failed), total / used_up if used_up else rate, percentile("50"), percentile("99")
+    return int(total), int(failed), files / used_up if used_up else rate, percentile("50"), percentile("99")
 
 
 def ab(server: Server, size: int, _hot: bool, settings: Settings, _place: Path) -> Load:
