@@ -1,6 +1,6 @@
 # make demo   see it: virtual environment, install, demo
 # make test   the whole test-suite
-# make bench  the benchmarks
+# make bench  the benchmarks, some 11 minutes; bench-gil, bench-hotpath, ... one of them
 # make lint   what CI checks besides the tests
 # make sanitize  the extension under ASan and UBSan
 # make soak   a minute of disks that hang and recover at random
@@ -9,7 +9,9 @@ VENV ?= .venv
 RUN = $(VENV)/bin/
 EXTENSION = setup.py pyproject.toml src/diskread/_syscalls.pyx src/diskread/_syscalls.pxd
 
-.PHONY: demo test coverage bench lint sanitize soak clean prerequisites
+BENCHMARKS = gil hotpath coldread busyhub http_files
+
+.PHONY: demo test coverage bench $(BENCHMARKS:%=bench-%) lint sanitize soak clean prerequisites
 
 demo: $(VENV)/.installed
 	$(RUN)diskread demo
@@ -21,8 +23,10 @@ test: $(VENV)/.installed-test
 coverage: $(VENV)/.installed-test
 	$(RUN)python -m pytest --cov --cov-report=term
 
-bench: $(VENV)/.installed-bench
-	$(RUN)python benchmarks/gil.py
+bench: $(BENCHMARKS:%=bench-%)
+
+$(BENCHMARKS:%=bench-%): bench-%: $(VENV)/.installed-bench
+	$(RUN)python benchmarks/$*.py
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-lint
 	$(RUN)ruff format --check .
@@ -58,5 +62,5 @@ $(VENV)/.installed-lint: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(RUN)python -m pip install --quiet --editable '.[plots]'
+	$(RUN)python -m pip install --quiet --group bench
 	touch $@

@@ -10,7 +10,6 @@ import importlib.util
 import itertools
 import math
 import os
-import statistics
 import sys
 import tempfile
 import threading
@@ -28,7 +27,6 @@ from gevent.threadpool import ThreadPool
 from hdrh.histogram import HdrHistogram
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table as RichTable
 
 from diskread._syscalls import pread, pread_holding_gil, stall, stall_holding_gil
 
@@ -36,6 +34,7 @@ if not __package__:  # run as a script: its own directory is on the path, the on
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import CpuClock, Machine, describe, device_bytes_read, file_system, load_average
+from benchmarks.report import RESULTS, Spread, Table, spread, three_digits, with_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +45,6 @@ MODES: tuple[Mode, Mode] = ("held", "released")
 TICK_NS = 1_000_000
 BLOCK = 1 << 20
 SMALL_READ = 4096
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,14 +94,6 @@ QUICK = msgspec.structs.replace(
 
 
 # --- What is recorded -------------------------------------------------------------------------------------------------
-
-
-class Spread(msgspec.Struct, frozen=True):
-    """A figure over the repetitions: median, least and greatest."""
-
-    median: float
-    low: float
-    high: float
 
 
 class Distribution(msgspec.Struct, frozen=True, kw_only=True):
@@ -328,10 +318,6 @@ def distribution(values_ns: Sequence[int]) -> Distribution:
         max=longest,
         histogram=encoded,
     )
-
-
-def spread(values: Sequence[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
 
 
 @contextmanager
@@ -640,42 +626,8 @@ def make_works(descriptor: int, settings: Settings) -> list[Work]:
 # --- Reporting --------------------------------------------------------------------------------------------------------
 
 
-class Table:
-    """A table for people: once for the terminal, once as Markdown."""
-
-    def __init__(self, title: str, header: Sequence[str], note: str = "") -> None:
-        self.title = title
-        self.header = list(header)
-        self.note = note
-        self.rows: list[list[str]] = []
-
-    def rich(self) -> RichTable:
-        table = RichTable(title=self.title, title_justify="left", caption=self.note or None, caption_justify="left")
-        for index, name in enumerate(self.header):
-            table.add_column(name, justify="right" if index else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def markdown(self) -> str:
-        rule = ["---" if index == 0 else "---:" for index in range(len(self.header))]
-        lines = [f"| {' | '.join(row)} |" for row in (self.header, rule, *self.rows)]
-        return "\n".join([f"### {self.title}", "", *lines, *(["", self.note] if self.note else [])])
-
-
-def three_digits(value: float) -> str:
-    """A number with three significant digits, and no more than one needs of a large one."""
-    if value == 0:
-        return "0"
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-
-
 def milliseconds(seconds: float) -> str:
     return three_digits(seconds * 1000)
-
-
-def with_range(value: Spread, show: Callable[[float], str]) -> str:
-    return f"{show(value.median)} [{show(value.low)}-{show(value.high)}]"
 
 
 def by_mode(scenario: Scenario) -> Iterator[tuple[Point, Point, Ratio]]:

@@ -11,6 +11,8 @@ import socket as native_socket
 import sys
 import time
 from datetime import datetime
+from email.utils import formatdate
+from functools import lru_cache
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -22,10 +24,11 @@ from gevent.pywsgi import WSGIHandler, WSGIServer
 from diskread import DiskError
 from diskread.errors import printable
 
+from . import head
 from .line import LONGEST_LINE, answer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from .config import ServerConfig
@@ -41,6 +44,9 @@ LINGER = 2.0
 
 UNSENT = 64 * 1024
 """Bytes that the kernel may hold of a response that it has not sent yet."""
+
+AT_ONCE = 64 * 1024
+"""Bytes of a body that are worth copying to send them with the head, in one system call and one segment."""
 
 BACKLOG = 65_535  # the kernel caps it at net.core.somaxconn: listen(2)
 
@@ -124,10 +130,11 @@ class Handler(WSGIHandler):
         self.rfile = io.BufferedReader(connection, 8192)
         self.connection = connection
         self.received = time.monotonic()
-        self._head_timer = gevent.Timeout(server.request_timeout)
+        self._head_timer: gevent.Timeout | None = None
 
     def read_requestline(self) -> str:
         """Wait for a request as long as an idle connection may last, then for its line as long as a head may take."""
+        self._head_timer = None
         self.connection.budget = None
         if not self.connection.ahead:
             if self.server.draining:
@@ -136,14 +143,14 @@ class Handler(WSGIHandler):
                 self.rfile.peek(1)
         self.received = time.monotonic()
         self.connection.budget = LONGEST_HEAD
-        self._head_timer.start()
+        if head.END not in self.rfile.peek(1):
+            self._head_timer = gevent.Timeout.start_new(self.server.request_timeout)
         line: str = super().read_requestline()
         # pywsgi splits and strips this as text, where 0x85 and 0xA0, which are bytes of UTF-8, are white space.
         return _NOT_ASCII.sub(lambda each: f"%{ord(each[0]):02X}", line)
 
     def handle_one_request(self) -> Any:
         """Serve one request; hang up on a client that cannot finish its head in time or in size."""
-        self._head_timer = gevent.Timeout(self.server.request_timeout)
         # pywsgi would log a request that is none with what it knows of the last one.
         self.requestline, self._orig_status, self.response_length, self._unread = "", None, 0, False
         try:
@@ -153,7 +160,7 @@ class Handler(WSGIHandler):
                 raise
             result = "408", _REPLY_408
         finally:
-            self._head_timer.close()
+            self._stop_head_timer()
         if isinstance(result, tuple):
             self.status, reply = result
             self._unread = True
@@ -175,12 +182,25 @@ class Handler(WSGIHandler):
         reply: tuple[str, bytes] = super()._handle_client_error(ex)  # type: ignore[misc]
         return reply
 
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.close()
+
+    def MessageClass(self, *_: object) -> Any:  # noqa: N802 - pywsgi's name for what reads the headers
+        """Read the headers, quickly if they are plain."""
+        found = head.plain(self.rfile.peek(1))
+        if found is None:
+            return super().MessageClass(self.rfile, 0)  # type: ignore[call-arg]  # it takes anything
+        headers, length = found
+        self.rfile.read(length)
+        return headers
+
     def read_request(self, raw_requestline: str) -> Any:
         """Read the headers. A request body is never read: no resource takes one, so the connection ends after it."""
         try:
             result = super().read_request(raw_requestline)
         finally:
-            self._head_timer.close()
+            self._stop_head_timer()
             self.connection.budget = None
         self._check_headers()
         if self.content_length or self.headers.get("transfer-encoding"):
@@ -203,11 +223,44 @@ class Handler(WSGIHandler):
 
     def _sendall(self, data: bytes) -> None:
         """Send all of it; the socket's time-out is for a client that takes nothing, not for a slow one."""
-        view = memoryview(data)
-        while view:
-            sent = self.socket.send(view)
-            self.response_length += sent
-            view = view[sent:]
+        sent = self.socket.send(data)
+        self.response_length += sent
+        if sent < len(data):
+            view = memoryview(data)[sent:]
+            while view:
+                sent = self.socket.send(view)
+                self.response_length += sent
+                view = view[sent:]
+
+    def finalize_headers(self) -> None:
+        """Add what the application leaves to the server. The date is formatted once in a second."""
+        if self.provided_date is None:
+            self.provided_date = _date(int(time.time()))
+            self._encoded_headers().append((b"Date", self.provided_date.encode("ascii")))
+        super().finalize_headers()
+
+    def _write_with_headers(self, data: bytes) -> None:
+        """Send the head, and with it what there is of the body, if that is not much."""
+        self.headers_sent = True
+        self.finalize_headers()
+        status: Any = self.status  # bytes by now
+        fields = [b"%b: %b\r\n" % each for each in self._encoded_headers()]
+        start = b"HTTP/1.1 %b\r\n%b\r\n" % (status, b"".join(fields))
+        if len(data) <= AT_ONCE and not self.response_use_chunked:
+            self._sendall(start + data)
+        else:
+            self._sendall(start)
+            super()._write(data)  # type: ignore[misc]
+
+    def _encoded_headers(self) -> list[tuple[bytes, bytes]]:
+        headers: Any = self.response_headers  # start_response of pywsgi has made bytes of them
+        return headers  # type: ignore[no-any-return]
+
+    def _headers(self) -> Iterator[tuple[str, str]]:
+        headers: Any = self.headers
+        if isinstance(headers, head.Headers):
+            return headers.environ()
+        return super()._headers()  # type: ignore[misc, no-any-return]
 
     def get_environ(self) -> dict[str, Any]:
         """Tell the application since when the request has been waiting."""
@@ -240,6 +293,11 @@ class Handler(WSGIHandler):
     def format_request(self) -> str:
         """The line of the access log, with everything unprintable escaped."""
         return printable(super().format_request().encode("utf-8", "backslashreplace"))
+
+
+@lru_cache(maxsize=1)
+def _date(seconds: int) -> str:
+    return formatdate(seconds, usegmt=True)
 
 
 class _IdleSocket:

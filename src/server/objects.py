@@ -5,6 +5,8 @@ from __future__ import annotations
 import mimetypes
 import re
 from datetime import datetime, timezone
+from email.utils import formatdate
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import falcon
@@ -20,6 +22,9 @@ _TYPES = mimetypes.MimeTypes()  # the built-in table: the one of the system is o
 
 
 _RANGE = re.compile(r"(?=-?[0-9])([0-9]{0,100})-([0-9]{0,100})")
+_CONDITIONS = frozenset(
+    ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE", "HTTP_IF_RANGE")
+)
 _LARGEST_OFFSET = 2**62  # beyond the largest file there is; keeps offset plus size within 64 bits
 
 
@@ -39,22 +44,24 @@ class ObjectResource:
 
     def on_get(self, request: falcon.Request, response: falcon.Response, **_: str) -> None:
         """Send a file, or a range of it."""
+        env = request.env
         wanted = _wanted_range(request)
         # A client that asks whether its copy is fresh will most likely not want the content.
-        conditional = request.if_none_match is not None or "HTTP_IF_MODIFIED_SINCE" in request.env
+        conditional = "HTTP_IF_NONE_MATCH" in env or "HTTP_IF_MODIFIED_SINCE" in env
         offset, size = (0, 0) if conditional else _first_piece(wanted)
         disk, path = self._find(request)
-        body = Body(disk.open(path, offset=offset, size=size))
+        file = disk.open(path, offset=offset, size=size)
         try:
-            span = self._describe(request, response, path, body.file.stat, wanted)
-            if span is not None:
-                body.begin(span)  # what fails now is still an error with a status of its own
+            span = self._describe(request, response, path, file.stat, wanted)
+            # What fails now is still an error with a status of its own.
+            if span is None or _send_at_once(response, file, span):
+                file.close()
+                return
+            body = Body(file)
+            body.begin(span)
         except BaseException:
-            body.close()
+            file.close()
             raise
-        if span is None:
-            body.close()
-            return
         response.content_length = span.stop - span.start
         response.stream = body
 
@@ -81,20 +88,28 @@ class ObjectResource:
         request: falcon.Request, response: falcon.Response, path: bytes, stat: FileStat, wanted: tuple[int, int] | None
     ) -> Span | None:
         """Set status and headers; return what is to be sent, None for nothing."""
-        etag = falcon.ETag(f"{stat.inode:x}-{stat.size:x}-{stat.mtime_ns:x}")
-        modified = datetime.fromtimestamp(stat.mtime_ns // 1_000_000_000, timezone.utc)
-        response.etag = etag
-        response.last_modified = modified
-        response.set_header("Accept-Ranges", "bytes")
-        response.set_header("X-Content-Type-Options", "nosniff")
-        response.content_type = _content_type(path)
-        if _precondition_failed(request, etag, modified):
-            raise falcon.HTTPPreconditionFailed(description="The file is another one than the request wants.")
-        if _not_modified(request, etag, modified):
-            response.status = falcon.HTTP_304
-            response.content_type = None
-            return None
-        if wanted is None or not _same_version(request, etag, modified):
+        version = f"{stat.inode:x}-{stat.size:x}-{stat.mtime_ns:x}"
+        seconds = stat.mtime_ns // 1_000_000_000
+        response.set_headers(
+            (
+                ("ETag", f'"{version}"'),
+                ("Last-Modified", _http_date(seconds)),
+                ("Accept-Ranges", "bytes"),
+                ("X-Content-Type-Options", "nosniff"),
+                ("Content-Type", _content_type(path.rpartition(b"/")[2])),
+            )
+        )
+        if not _CONDITIONS.isdisjoint(request.env):
+            etag, modified = falcon.ETag(version), datetime.fromtimestamp(seconds, timezone.utc)
+            if _precondition_failed(request, etag, modified):
+                raise falcon.HTTPPreconditionFailed(description="The file is another one than the request wants.")
+            if _not_modified(request, etag, modified):
+                response.status = falcon.HTTP_304
+                response.content_type = None
+                return None
+            if not _same_version(request, etag, modified):
+                wanted = None
+        if wanted is None:
             return Span(0, stat.size)
         span = _resolve(wanted, stat.size)
         if span is None:
@@ -135,13 +150,31 @@ class Body:
         self.file.close()
 
 
+def _send_at_once(response: falcon.Response, file: DiskFile, span: Span) -> bool:
+    """Give a small content to the response in one piece: most often the visit that opened the file has brought it.
+
+    Returns:
+        Whether it was done; False when it is large, or not there any more (the stream will say so).
+    """
+    size = span.stop - span.start
+    if size > FIRST_CHUNK:
+        return False
+    data = file.read(span.start, size)
+    if len(data) < size:
+        return False
+    response.data = data
+    return True
+
+
 def _wanted_range(request: falcon.Request) -> tuple[int, int] | None:
     """First and last byte as `falcon.Request.range` gives them; None for the whole file.
 
     A server ignores units that it does not know, and may ignore several ranges at once (RFC 9110, 14.2): the whole
     file is a correct answer to both.
     """
-    value = request.get_header("Range", default="")
+    value = request.env.get("HTTP_RANGE")
+    if value is None:
+        return None
     unit, _, ranges = value.partition("=")
     if unit.strip().lower() != "bytes" or "," in value:
         return None
@@ -212,7 +245,13 @@ def _date(request: falcon.Request, header: str) -> datetime | None:
         return None  # a date that is none is ignored (RFC 9110, 13.1.3)
 
 
-def _content_type(path: bytes) -> str:
+@lru_cache(maxsize=1024)
+def _http_date(seconds: int) -> str:
+    return formatdate(seconds, usegmt=True)
+
+
+@lru_cache(maxsize=1024)
+def _content_type(name: bytes) -> str:
     # "./": guess_type takes a URL, and a name may look like one.
-    kind, encoding = _TYPES.guess_type("./" + path.rpartition(b"/")[2].decode("latin-1"))
+    kind, encoding = _TYPES.guess_type("./" + name.decode("latin-1"))
     return kind if kind is not None and encoding is None else "application/octet-stream"

@@ -8,11 +8,12 @@ import re
 import socket
 import subprocess
 import time
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from server.listener import LONGEST_HEAD, Connection
+from server.listener import LONGEST_HEAD, Connection, Handler
 from tests.server import raw_client
 from tests.server.conftest import LARGE, SMALL
 from tests.server.raw_client import ServerProcess, http_request, until
@@ -449,3 +450,45 @@ def test_logs_to_standard_output(start_server: StartServer) -> None:
     found = ENTRY.fullmatch(line)
     assert found
     assert found[2] == "0,0,marked"
+
+
+class Sends:
+    """A socket that remembers what each system call was given, and takes only so much of it at a time."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.calls: list[bytes] = []
+
+    def send(self, data: bytes) -> int:
+        self.calls.append(bytes(data[: self.most]))
+        return len(self.calls[-1])
+
+
+def sent(body: list[bytes], most: int = 1 << 30) -> list[bytes]:
+    """What a handler gives to its socket for a response with this body."""
+    handler: Any = Handler.__new__(Handler)
+    handler.server, handler.socket = SimpleNamespace(draining=False), Sends(most)
+    handler.request_version, handler.result = "HTTP/1.1", body
+    handler.start_response("200 OK", [("Content-Length", str(sum(map(len, body))))])
+    handler.process_result()
+    calls: list[bytes] = handler.socket.calls
+    assert handler.response_length == sum(map(len, calls))
+    return calls
+
+
+def test_head_and_small_body_are_one_system_call() -> None:
+    (call,) = sent([b"hello"])
+    assert re.fullmatch(rb"HTTP/1\.1 200 OK\r\nContent-Length: 5\r\nDate: [^\r\n]+ GMT\r\n\r\nhello", call)
+    assert len(sent([b""])) == 1
+
+
+def test_a_large_body_is_not_copied_for_its_head() -> None:
+    head, body = sent([bytes(1 << 20)])
+    assert head.endswith(b"\r\n\r\n")
+    assert body == bytes(1 << 20)
+
+
+def test_sends_on_where_the_socket_stopped() -> None:
+    pieces = sent([b"hello", b"world"], most=7)
+    assert len(pieces) > 10
+    assert re.fullmatch(rb"HTTP/1\.1 200 OK\r\n[^\0]+\r\n\r\nhelloworld", b"".join(pieces))
