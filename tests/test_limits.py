@@ -89,9 +89,9 @@ def test_what_is_of_the_wrong_type_is_named(field: str, value: Any) -> None:
 
 def test_inline_is_one_of_two_words() -> None:
     assert Limits(inline="off").inline == "off"
-    with pytest.raises(ValueError, match="^inline must be 'auto' or 'off', not 'on'"):
+    with pytest.raises(ValueError, match=r"^inline must be 'auto' or 'off', not 'on'"):
         Limits(inline="on")
-    with pytest.raises(TypeError, match="^inline must be 'auto' or 'off', not True"):
+    with pytest.raises(TypeError, match=r"^inline must be 'auto' or 'off', not True"):
         Limits(inline=True)  # type: ignore[arg-type]
 
 

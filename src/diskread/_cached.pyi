@@ -1,7 +1,5 @@
 from typing import final
 
-TO_THE_END: int
-
 @final
 class Tally:
     @property
@@ -30,7 +28,7 @@ class CachedFile:
     def take_descriptor(self) -> int: ...
 
 def read_path(
-    root_fd: int, path: object, offset: int, size: int, limit: int, window: int, flags: int, tally: Tally
+    root_fd: int, path: object, offset: int, size: int | None, limit: int, window: int, flags: int, tally: Tally
 ) -> bytes | CachedFile | int: ...
 def open_path(root_fd: int, path: object, flags: int) -> CachedFile | int: ...
 def unlinked(descriptor: int) -> bool: ...

@@ -15,9 +15,10 @@ is a value, never an exception.
 """
 
 cimport cython
+from cpython.pyport cimport PY_SSIZE_T_MAX
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EBADF, EINTR, EISDIR, errno
-from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 cdef extern from *:
@@ -126,9 +127,6 @@ cdef extern from *:
 learn_page_size()
 
 cdef int NOT_HERE = 0  # instead of errno: only the slow way can say what is wrong with the parameters
-
-cdef int64_t SIZE_TO_THE_END = INT64_MIN
-TO_THE_END = SIZE_TO_THE_END
 
 # A range that is cached in part is served up to the first piece of so many bytes that is not.
 cdef int64_t PIECE = 64 * 1024
@@ -334,7 +332,7 @@ cdef object encoded(path):
     return name
 
 
-def read_path(int root_fd, path, int64_t offset, int64_t size, int64_t limit, int64_t window, int flags,
+def read_path(int root_fd, path, Py_ssize_t offset, size, Py_ssize_t limit, Py_ssize_t window, int flags,
               Tally tally not None):
     """Read a range of a file if all of it is cached: open, stat, read, close. Microseconds; never waits for the device.
 
@@ -342,7 +340,7 @@ def read_path(int root_fd, path, int64_t offset, int64_t size, int64_t limit, in
         root_fd: Descriptor of the directory that the path is relative to.
         path: The file, str or bytes.
         offset: First byte.
-        size: Bytes at most; TO_THE_END for all.
+        size: Bytes at most; None for all.
         limit: Bytes to read in one call at most.
         window: Bytes after the range that have to be cached as well: as far as the kernel reads ahead.
         flags: O_NOATIME, or 0 on a file system that keeps no access times.
@@ -358,17 +356,16 @@ def read_path(int root_fd, path, int64_t offset, int64_t size, int64_t limit, in
     cdef int64_t wanted, count
     cdef bytes buffer
     verdict.until_ns = 0
-    if size == SIZE_TO_THE_END:
-        size = INT64_MAX - offset
+    cdef Py_ssize_t most = PY_SSIZE_T_MAX if size is None else size  # the C type that refuses floats (__index__)
     name = encoded(path)
-    if name is None or offset < 0 or size < 0 or size > INT64_MAX - offset:
+    if name is None or offset < 0 or most < 0 or size is not None and most > INT64_MAX - offset:
         return NOT_HERE
     error = open_regular(root_fd, PyBytes_AS_STRING(name), flags, &fd, &found)
     if error:
         return error
     wanted = found.size - offset
-    if wanted > size:
-        wanted = size
+    if wanted > most:
+        wanted = most
     if wanted <= 0:
         c_close(fd)
         tally.hit(0)
@@ -427,7 +424,7 @@ cdef class CachedReader:
     def __cinit__(self, int descriptor, int64_t file_size, int64_t window, Tally tally not None):
         self._descriptor, self._file_size, self._window, self._tally = descriptor, file_size, window, tally
 
-    def read(self, int64_t offset, int64_t size):
+    def read(self, Py_ssize_t offset, Py_ssize_t size):
         """Read a range. Microseconds; never waits for the device.
 
         Args:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import gevent
 
-from ._cached import TO_THE_END, CachedFile, CachedReader, Tally, open_path, read_path, unlinked
+from ._cached import CachedFile, CachedReader, Tally, open_path, read_path, unlinked
 from ._syscalls import CloseMode, Job, Step
 from .errors import (
     DiskBusy,
@@ -310,7 +310,7 @@ class Disk:
                     self._root_fd,
                     path,
                     offset,
-                    TO_THE_END if size is None else size,
+                    size,
                     LIMIT,
                     inline.window,
                     inline.flags,
@@ -562,8 +562,7 @@ class Disk:
         """A file that was opened on the hub, and the first piece of it, wherever that is."""
         stat, name = FileStat(*found.stat), os.fsencode(path)
         offset, size = index(offset), index(size)
-        if not 0 <= offset <= LARGEST or not 0 <= size <= LARGEST - offset:
-            raise ValueError(f"offset and size must be between 0 and {LARGEST} bytes, not {offset} and {size}")
+        _check_range(offset, size)
         file = DiskFile(self, name, stat, found.take_descriptor(), offset, b"", CLOCK())
         wanted = max(0, min(size, stat.size - offset))
         if wanted:
@@ -788,6 +787,7 @@ class DiskFile:
             DiskError: As `Disk` says.
             ValueError: A negative number, or the file was closed.
         """
+        found = None
         if self._reader is not None and deadline is None:
             try:
                 wanted = self._size - offset if size is None else size
@@ -801,7 +801,7 @@ class DiskFile:
                 pass  # the slow way says what is wrong
         ends = self._disk._ends(deadline)
         offset = index(offset)
-        return self._read(offset, max(0, self._size - offset) if size is None else index(size), ends)
+        return self._read(offset, max(0, self._size - offset) if size is None else index(size), ends, found)
 
     def chunks(
         self, start: int = 0, stop: int | None = None, *, deadline: float | None = None
@@ -865,23 +865,25 @@ class DiskFile:
 
     # -- how a read goes ---------------------------------------------------------------------------------------------
 
-    def _read(self, offset: int, size: int, ends: float) -> bytes:
+    def _read(self, offset: int, size: int, ends: float, tried: bytes | tuple[bytes, int] | None = None) -> bytes:
+        """Read; `tried` is what came of the first piece, when that was tried inline already."""
         self._check_open()
-        if offset < 0 or size < 0:
-            raise ValueError(f"offset and size must not be negative, not {offset} and {size}")
+        _check_range(offset, size)
         in_memory = self._from_first(offset, size)
         if in_memory is not None:
             return in_memory
         if self._reader is not None and size:
-            return self._read_what_is_cached(self._reader, offset, size, ends)
+            return self._read_what_is_cached(self._reader, offset, size, ends, tried)
         return self._read_in_worker(offset, size, ends)
 
-    def _read_what_is_cached(self, reader: CachedReader, offset: int, size: int, ends: float) -> bytes:
+    def _read_what_is_cached(
+        self, reader: CachedReader, offset: int, size: int, ends: float, tried: bytes | tuple[bytes, int] | None
+    ) -> bytes:
         """Read on the hub as far as the page cache goes, the rest in a worker."""
         pieces: list[bytes] = []
         while True:
             wanted = min(size, LIMIT)
-            found = reader.read(offset, wanted)
+            found, tried = reader.read(offset, wanted) if tried is None else tried, None
             data, error = (found, 0) if isinstance(found, bytes) else found
             pieces.append(data)
             offset, size = offset + len(data), size - len(data)
@@ -938,32 +940,32 @@ class DiskFile:
                 if start < stop:
                     size = min(CHUNK, stop - start)
                     following = self._cached_chunk(start, size)
-                    if following is None:
-                        ahead = gevent.spawn(self._attempt, start, size, ends())
+                    if not isinstance(following, bytes):
+                        ahead = gevent.spawn(self._attempt, start, size, ends(), following)
                 yield chunk
                 if ahead is not None:
                     chunk, ahead = ahead.get(), None
-                elif following is not None:
+                elif isinstance(following, bytes):
                     chunk = following
         finally:
             if ahead is not None:
                 ahead.kill(block=False)
 
-    def _cached_chunk(self, offset: int, size: int) -> bytes | None:
-        """The next chunk, if no greenlet is needed to wait for it."""
+    def _cached_chunk(self, offset: int, size: int) -> bytes | tuple[bytes, int] | None:
+        """The next chunk, if no greenlet is needed to wait for it; else what was tried."""
         if self._reader is None:
             return None
         found = self._reader.read(offset, size)
-        if not isinstance(found, bytes) or not found:
-            return None
         if self._tally.due:
             _give_way(self._tally)
         return found
 
-    def _attempt(self, offset: int, size: int, ends: float) -> bytes | Exception:
+    def _attempt(
+        self, offset: int, size: int, ends: float, tried: bytes | tuple[bytes, int] | None = None
+    ) -> bytes | Exception:
         """Read; an error is a result, because gevent reports what is raised in a greenlet even when it is awaited."""
         try:
-            return self._read(offset, size, ends)
+            return self._read(offset, size, ends, tried)
         except Exception as error:  # noqa: BLE001 - raised again by whoever takes the chunk
             return error
 
@@ -980,6 +982,11 @@ class DiskFile:
                 os.close(descriptor)  # which never waits for the device where reads may be inline
             else:
                 self._disk._workers.close_descriptor(descriptor)
+
+
+def _check_range(offset: int, size: int) -> None:
+    if not 0 <= offset <= LARGEST or not 0 <= size <= LARGEST - offset:
+        raise ValueError(f"offset and size must be between 0 and {LARGEST} bytes, not {offset} and {size}")
 
 
 def _give_way(tally: Tally) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tests.server.conftest import StartServer
 
-COMMANDS = ["completion", "demo", "disk", "probe", "request", "serve", "status"]
+COMMANDS = ["check", "completion", "demo", "disk", "probe", "request", "serve", "status"]
 
 
 def diskread(*arguments: str) -> Result:

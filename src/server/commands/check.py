@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -14,9 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diskread import Disk, DiskError, Limits
-
-if TYPE_CHECKING:
-    from diskread.probe import Findings
+from diskread.probe import probe
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -68,21 +65,14 @@ def check(directories: tuple[str, ...], deadline: float, as_json: bool) -> None:
         click.echo(msgspec.json.format(msgspec.json.encode(findings)).decode())
     else:
         _print(findings)
-    sys.stdout.flush()
-    # A directory that hangs holds a thread, for which the interpreter's own way out would wait.
-    os._exit(0 if all(each.inline for each in findings) else 1) if _any_stuck(findings) else sys.exit(
-        0 if all(each.inline for each in findings) else 1
-    )
-
-
-def _any_stuck(findings: list[Finding]) -> bool:
-    return not all(each.readable for each in findings)
+    sys.exit(0 if all(each.inline for each in findings) else 1)
 
 
 def _look_at(directory: str, deadline: float) -> Finding:
-    with Disk(directory, directory, Limits(deadline=deadline)) as disk:
+    root = os.path.abspath(os.fsencode(directory))
+    with Disk(directory, None, Limits(deadline=deadline)) as disk:
         try:
-            found: Findings = disk.run(disk.probe_function())
+            found = disk.run(probe, root, None, None)
         except (DiskError, OSError) as error:
             advice = "see whether it is mounted, and whether its device answers: dmesg, smartctl"
             return Finding(directory, False, False, None, getattr(error, "reason", None) or str(error), advice)

@@ -120,7 +120,7 @@ class Load:
         """Run the plan to its end and wait for the last reply. Blocks the greenlet."""
         requests = Group()
         plan = self._plan
-        count = int((plan.end - plan.begin) * plan.rate)
+        count = round((plan.end - plan.begin) * plan.rate)
         for number in range(count):
             for position, disk in enumerate(plan.disks):
                 # The disks take turns within one interval, so that the client itself makes no bursts.
