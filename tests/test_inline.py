@@ -152,6 +152,17 @@ def test_the_end_of_a_file_that_grows_or_shrinks(cached: Disk, root: Path) -> No
         assert file.read(9_999, 20_000) == CONTENT[9_999:10_000] + b"more"
 
 
+def test_access_times_are_left_alone_because_updates_wait_for_the_journal(cached: Disk, root: Path) -> None:
+    for name in ("small", "large"):
+        os.utime(root / name, (1, os.stat(root / name).st_mtime))  # older than a day: relatime would update it
+    hits = cached.status.inline.hits
+    assert cached.read("small") == SMALL
+    with cached.open("large") as file:
+        assert file.read() == LARGE
+    assert cached.status.inline.hits >= hits + 2
+    assert [os.stat(root / name).st_atime for name in ("small", "large")] == [1, 1]
+
+
 def test_a_replaced_file_is_never_served_stale(cached: Disk, root: Path) -> None:
     for number in range(50):
         content = b"%d" % number * 3000
