@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/
-EXTENSION = setup.py pyproject.toml src/diskread/_syscalls.pyx src/diskread/_syscalls.pxd
+EXTENSION = setup.py pyproject.toml src/diskread/_cached.pyx src/diskread/_syscalls.pyx src/diskread/_syscalls.pxd
 
 BENCHMARKS = gil hotpath coldread busyhub http_files
 
@@ -40,7 +40,7 @@ soak: $(VENV)/.installed-test
 	$(RUN)python benchmarks/soak.py --seconds 60
 
 clean:
-	rm -rf build dist $(VENV) src/*.egg-info src/diskread/_syscalls.c src/diskread/*.so
+	rm -rf build dist $(VENV) src/*.egg-info src/diskread/*.c src/diskread/*.so
 
 prerequisites:
 	@scripts/prerequisites $(PYTHON)
