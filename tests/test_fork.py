@@ -41,7 +41,7 @@ def in_child():
             gevent.sleep(0.01)
 
 expected = os.path.getsize(root + "/large")
-disk = Disk("d1", root, Limits(threads=1, queue=100, deadline=30))
+disk = Disk("d1", root, Limits(threads=1, queue=100, deadline=30, inline="off"))
 assert len(disk.read("large")) == expected
 file = disk.open("large")
 stuck = gevent.spawn(disk.stall, 1.5)

@@ -791,7 +791,7 @@ class DiskFile:
         if self._reader is not None and deadline is None:
             try:
                 wanted = self._size - offset if size is None else size
-                if wanted <= LIMIT:
+                if wanted <= LIMIT and not (self._first and self._has_first(offset, wanted)):
                     found = self._reader.read(offset, wanted)
                     if type(found) is bytes:
                         if self._tally.due:
@@ -908,6 +908,9 @@ class DiskFile:
         self._disk._run(job, ends, self._path, on_completed=self._returned)
         self._disk._check(job, self._path)
         return self._disk._take(job)
+
+    def _has_first(self, offset: int, size: int) -> bool:
+        return self._first_offset <= offset <= offset + size <= self._first_offset + len(self._first)
 
     def _from_first(self, offset: int, size: int) -> bytes | None:
         """The range, when the visit that opened the file has brought all of it, else None."""

@@ -80,7 +80,7 @@ def value(disk: Disk, sample: str, **labels: str) -> float:
 
 @pytest.fixture
 def disk(tree: Path) -> Iterator[Disk]:
-    with Disk("d1", tree, Limits(threads=1, queue=1, deadline=0.2)) as disk:
+    with Disk("d1", tree, Limits(threads=1, queue=1, deadline=0.2, inline="off")) as disk:
         yield disk
 
 
@@ -106,7 +106,8 @@ def test_there_is_all_of_it_for_each_disk(disk: Disk, tree: Path) -> None:
     assert families["diskread_state"].type == "stateset"
     for family in families.values():
         disks = {sample.labels["disk"] for sample in family.samples}
-        assert disks == (set() if family.name == "diskread_errors" else {"d1", "d2"})
+        by_errno = family.name in ("diskread_errors", "diskread_inline_fallbacks")
+        assert disks == (set() if by_errno else {"d1", "d2"})
 
 
 def test_names_keep_to_the_conventions(disk: Disk) -> None:
@@ -118,7 +119,7 @@ def test_names_keep_to_the_conventions(disk: Disk) -> None:
         unit = name.rpartition("_")[2] if name.endswith(("_seconds", "_bytes")) else ""
         assert family.unit == unit, name
         if family.type == "counter":
-            assert {sample.name for sample in family.samples} == {f"{name}_total"}
+            assert {sample.name for sample in family.samples} <= {f"{name}_total"}
             assert not name.endswith("_total")
 
 
@@ -235,3 +236,16 @@ def test_a_server_tells_all_of_it(start_server: StartServer, tree: Path) -> None
     assert samples["diskread_state", "lost", "offline"] == 1
     assert samples["diskread_probes_total", "lost", None] >= 1
     assert samples["diskread_rejections_total", "lost", None] == 1
+
+
+def test_what_is_read_inline_is_no_operation_at_the_disk(tree: Path) -> None:
+    with Disk("d1", tree, Limits()) as disk:
+        for _ in range(5):
+            disk.read("small")
+        if not disk.status.inline.on:
+            pytest.skip(str(disk.status.inline.reason))
+        assert value(disk, "diskread_inline") == 1
+        assert value(disk, "diskread_inline_hits_total") == 4
+        assert value(disk, "diskread_disk_seconds_count") == 1
+        assert value(disk, "diskread_reads_total") == 5
+        assert value(disk, "diskread_read_bytes_total") == 5 * len(SMALL)
