@@ -10,6 +10,7 @@ extensions = [
     Extension(
         f"diskread.{name}",
         [f"src/diskread/{name}.pyx"],
+        depends=["src/diskread/_page_cache.h"],
         extra_compile_args=["-O2", "-Wall", "-Wextra", *os.environ.get("DISKREAD_CFLAGS", "").split()],
         extra_link_args=os.environ.get("DISKREAD_LDFLAGS", "").split(),
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import gevent
 import pytest
+from gevent import socket
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -243,11 +244,29 @@ def test_reading_in_a_loop_lets_others_have_their_turn(cached: Disk) -> None:
             gevent.sleep(0)
 
     other = gevent.spawn(count)
+    left, right = socket.socketpair()
+    served = 0
+
+    def answer() -> None:
+        nonlocal served
+        while left.recv(1):
+            left.send(b"x")
+            served += 1
+
+    def ask() -> None:
+        while True:
+            right.send(b"x")
+            right.recv(1)
+
+    talk = [gevent.spawn(answer), gevent.spawn(ask)]
     with cached.open("big", size=0) as file:
         for _ in range(3000):
             file.read(0, PAGE)
     assert turns >= 10
-    other.kill()
+    assert served >= 5, "sockets have their turn as well"
+    gevent.killall([other, *talk])
+    left.close()
+    right.close()
 
 
 def test_after_close_and_by_hand_nothing_is_served(cached: Disk) -> None:

@@ -765,3 +765,27 @@ def test_the_gil_is_held_where_the_name_says_so(metronome: Metronome, sparse: in
     }.items():
         still = sorted(metronome.stood_still(call) for _ in range(5))
         assert still[2] > 0.6, (name, still)
+
+
+# -- read-ahead --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read_ahead", [0, 1, 4096, 1 << 20, 2**63 - 1])
+@pytest.mark.parametrize("quick", [False, True])
+def test_read_ahead_makes_no_difference_to_what_is_read(tmp_path: Path, read_ahead: int, quick: bool) -> None:
+    content = os.urandom(3 * 1024 * 1024 + 5)
+    (tmp_path / "file").write_bytes(content)
+    descriptor = os.open(tmp_path / "file", os.O_RDONLY)
+    os.fsync(descriptor)
+    for offset, size in ((0, len(content)), (1, 700_000), (len(content) - 10, 4096), (2**62, 10)):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        job = Job(descriptor=descriptor, borrowed=True, offset=offset, size=size, read_ahead=read_ahead, quick=quick)
+        job.run()
+        assert (job.error, job.take_data()) == (0, content[offset : offset + size])
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("read_ahead", [-1, 2**63])
+def test_read_ahead_out_of_range(read_ahead: int) -> None:
+    with pytest.raises(ValueError, match="read_ahead must be"):
+        Job(descriptor=0, borrowed=True, size=1, read_ahead=read_ahead)

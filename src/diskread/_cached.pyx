@@ -40,9 +40,6 @@ cdef extern from *:
     #ifndef SYS_openat2
     #define SYS_openat2 437
     #endif
-    #ifndef SYS_cachestat
-    #define SYS_cachestat 451
-    #endif
     #ifndef RWF_NOWAIT
     #define RWF_NOWAIT 0x00000008
     #endif
@@ -51,9 +48,6 @@ cdef extern from *:
     #endif
 
     struct diskread_cached_how { uint64_t flags; uint64_t mode; uint64_t resolve; };
-    struct diskread_cachestat_range { uint64_t offset; uint64_t length; };
-    struct diskread_cachestat { uint64_t cached, dirty, writeback, evicted, recently_evicted; };
-
     #define DISKREAD_CACHED_RESOLVE (0x01 | 0x02 | 0x08 | 0x20) /* NO_XDEV | NO_MAGICLINKS | BENEATH | CACHED */
 
     static int diskread_open_cached(int directory, const char *path, int flags) {
@@ -80,17 +74,10 @@ cdef extern from *:
         return 0;
     }
 
-    static int64_t diskread_page = 4096;
-
-    /* 1: all pages of the range are in the page cache; 0: not all; -1: errno. */
-    static int diskread_all_cached(int descriptor, int64_t offset, int64_t size) {
-        int64_t first = offset / diskread_page, last = (offset + size - 1) / diskread_page;
-        struct diskread_cachestat_range range = {
-            .offset = (uint64_t)(first * diskread_page), .length = (uint64_t)((last - first + 1) * diskread_page),
-        };
-        struct diskread_cachestat found = {0};
-        if (syscall(SYS_cachestat, descriptor, &range, &found, 0) != 0) return -1;
-        return found.cached >= (uint64_t)(last - first + 1);
+    /* Who reads on from this descriptor does so in a worker, which asks for read-ahead itself: see _syscalls.pyx. */
+    static void diskread_cached_no_read_ahead(int descriptor) {
+        int result = posix_fadvise(descriptor, 0, 0, POSIX_FADV_RANDOM);
+        (void)result; /* an advice */
     }
 
     static ssize_t diskread_pread_nowait(int descriptor, char *buffer, size_t size, int64_t offset) {
@@ -106,25 +93,20 @@ cdef extern from *:
         return 0;
     }
 
-    static void diskread_learn_page_size(void) {
-        long size = sysconf(_SC_PAGESIZE);
-        if (size > 0) diskread_page = size;
-    }
-
     static int diskread_cached_is_regular(uint32_t mode) { return S_ISREG(mode); }
     """
     int open_file "diskread_open_cached"(int directory, const char *path, int flags) nogil
     int stat_file "diskread_statx"(int descriptor, uint32_t *mode, uint64_t *device, uint64_t *inode, int64_t *size,
                                    int64_t *mtime_sec, int64_t *mtime_nsec, uint32_t *links) nogil
-    int all_cached "diskread_all_cached"(int descriptor, int64_t offset, int64_t size) nogil
     ssize_t pread_now "diskread_pread_nowait"(int descriptor, char *buffer, size_t size, int64_t offset) nogil
+    void no_read_ahead "diskread_cached_no_read_ahead"(int descriptor) nogil
     int statfs_of "diskread_statfs"(int descriptor, int64_t *kind, int64_t *flags) nogil
-    void learn_page_size "diskread_learn_page_size"() nogil
     bint is_regular "diskread_cached_is_regular"(uint32_t mode) nogil
     int c_close "close"(int descriptor) nogil
     int O_NOATIME
 
-learn_page_size()
+cdef extern from "_page_cache.h":
+    int all_cached "diskread_all_cached"(int descriptor, int64_t offset, int64_t size) nogil
 
 cdef int NOT_HERE = 0  # instead of errno: only the slow way can say what is wrong with the parameters
 
@@ -381,6 +363,7 @@ def read_path(int root_fd, path, Py_ssize_t offset, size, Py_ssize_t limit, Py_s
             return buffer
         tally.miss(count)
     cdef CachedFile file = CachedFile()
+    no_read_ahead(fd)
     file._descriptor = fd
     file._found = found
     file.prefix = shortened(buffer, count)
@@ -398,6 +381,7 @@ def open_path(int root_fd, path, int flags):
     if error:
         return error
     cdef CachedFile file = CachedFile()
+    no_read_ahead(fd)
     file._descriptor = fd
     file._found = found
     file.prefix = b""

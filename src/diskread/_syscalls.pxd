@@ -17,6 +17,7 @@ cdef struct Visit:
     char *buffer            # room for `size` bytes, owned by the Job
     size_t size
     int64_t offset
+    int64_t read_ahead      # bytes behind the range that will be asked for next
     int64_t stall_ns
     int abandoned           # atomic
     # ------------------------------------------------------------------
@@ -33,6 +34,7 @@ cdef struct Visit:
     int64_t mtime_sec
     int64_t mtime_nsec
     size_t count            # bytes read
+    int quick               # the device was seen to be quick (before: when it was last asked)
     int64_t started_ns      # CLOCK_MONOTONIC
     int64_t finished_ns
     int64_t progress_ns     # CLOCK_MONOTONIC when a part of the bytes had come; atomic, anybody may look at any time

@@ -84,6 +84,17 @@ cdef extern from *:
     static int diskread_is_regular(uint32_t mode) { return S_ISREG(mode); }
     static int diskread_is_directory(uint32_t mode) { return S_ISDIR(mode); }
 
+    /* The kernel's own read-ahead is switched off, and asked for where it is wanted: what it reads ahead for a caller
+       that has left, half a MiB at a time, keeps a slow disk busy with what nobody waits for. */
+    static void diskread_no_read_ahead(int descriptor) {
+        int result = posix_fadvise(descriptor, 0, 0, POSIX_FADV_RANDOM);
+        (void)result; /* an advice */
+    }
+    static void diskread_read_ahead(int descriptor, int64_t offset, int64_t size) {
+        int result = posix_fadvise(descriptor, offset, size, POSIX_FADV_WILLNEED);
+        (void)result;
+    }
+
     static int diskread_load(int *flag) { return __atomic_load_n(flag, __ATOMIC_ACQUIRE); }
     static void diskread_store(int *flag, int value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }
     static int64_t diskread_load_time(int64_t *time) { return __atomic_load_n(time, __ATOMIC_RELAXED); }
@@ -99,6 +110,8 @@ cdef extern from *:
     int device_of "diskread_device"(int descriptor, uint64_t *device) nogil
     bint is_regular "diskread_is_regular"(uint32_t mode) nogil
     bint is_directory "diskread_is_directory"(uint32_t mode) nogil
+    void no_read_ahead "diskread_no_read_ahead"(int descriptor) nogil
+    void ask_ahead "diskread_read_ahead"(int descriptor, int64_t offset, int64_t size) nogil
     int load "diskread_load"(int *flag) nogil
     void store "diskread_store"(int *flag, int value) nogil
     int64_t load_time "diskread_load_time"(int64_t *time) nogil
@@ -106,6 +119,9 @@ cdef extern from *:
     bint advance "diskread_advance"(int *flag, int before, int after) nogil
     ssize_t c_pread "pread"(int descriptor, void *buffer, size_t size, off_t offset) nogil
     int c_close "close"(int descriptor) nogil
+
+cdef extern from "_page_cache.h":
+    int all_cached "diskread_all_cached"(int descriptor, int64_t offset, int64_t size) nogil
 
 
 # CloseMode: when the visit closes the descriptor that it opened or was given.
@@ -136,6 +152,11 @@ cdef enum JobState:
 # eight reads of some MiB would complete nothing for minutes. As much as the kernel reads ahead by default (128 KiB,
 # /sys/block/*/queue/read_ahead_kb): less would cost more calls and gain nothing.
 cdef size_t MAX_READ = 128 * 1024
+
+# Read-ahead within a range of several such pieces, and behind the range when its caller will go on there: so many bytes,
+# and only while the disk is seen to bring a piece in this time (from the page cache it comes quickly from any disk).
+cdef int64_t READ_AHEAD = 1024 * 1024
+cdef int64_t QUICK_NS = 50_000_000
 cdef int MAX_RESOLVE_ATTEMPTS = 64
 
 cdef double MAX_STALL = 1e9  # seconds; keeps the arithmetic in nanoseconds far from overflow
@@ -202,6 +223,7 @@ cdef int do_open(Visit *visit) noexcept nogil:
     while True:
         visit.descriptor = open_beneath(visit.root_fd, visit.path)
         if visit.descriptor >= 0:
+            no_read_ahead(visit.descriptor)
             return 0
         # EAGAIN: a rename or mount raced with the resolution of "..", which RESOLVE_BENEATH cannot judge then;
         # openat2(2) says to try again. Bounded, so that somebody who renames in a loop cannot hold the thread.
@@ -224,15 +246,37 @@ cdef int do_read(Visit *visit) noexcept nogil:
     """Read until `size` bytes are there or the file ends; a short read is continued."""
     cdef size_t wanted
     cdef ssize_t got
+    cdef int64_t began = 0, at, ahead
+    cdef bint cached = False
+    cdef int64_t asked = visit.offset   # up to where read-ahead was asked for
+    cdef int64_t end = visit.offset + <int64_t>visit.size
+    if end <= INT64_MAX - visit.read_ahead:
+        end += visit.read_ahead
     while visit.count < visit.size:
         wanted = visit.size - visit.count
         if wanted > MAX_READ:
             wanted = MAX_READ
+        at = visit.offset + <int64_t>visit.count
+        if end - visit.offset > <int64_t>MAX_READ:
+            cached = all_cached(visit.descriptor, at, <int64_t>wanted) == 1
+            began = now_ns()
         got = c_pread(visit.descriptor, visit.buffer + visit.count, wanted, visit.offset + <int64_t>visit.count)
         if got == 0:
             return 0
         if got > 0:
             visit.count += got
+            if began:
+                at += got
+                if now_ns() - began >= QUICK_NS:
+                    visit.quick = 0
+                elif not cached:
+                    visit.quick = 1
+                if asked < at:
+                    asked = at
+                ahead = end - asked if end - asked < READ_AHEAD else READ_AHEAD
+                if visit.quick and ahead > 0 and asked - at < READ_AHEAD // 2:
+                    ask_ahead(visit.descriptor, asked, ahead)
+                    asked += ahead
             if visit.count < visit.size:
                 store_time(&visit.progress_ns, now_ns())
         elif errno != EINTR:
@@ -313,6 +357,8 @@ cdef class Job:
         offset: First byte to read.
         size: Bytes to read at most; the result is shorter only where the file ends.
         stall_ns: Simulated stall before everything else, in nanoseconds.
+        read_ahead: Bytes behind the range that will be asked for next: the device is told to bring them, if it is quick.
+        quick: Whether the device was seen to be quick, in the visit before.
         close_mode: CLOSE_ALWAYS, CLOSE_AT_EOF or CLOSE_NEVER. A visit that fails or is abandoned closes what it opened
             in any case.
 
@@ -323,10 +369,13 @@ cdef class Job:
     """
 
     def __cinit__(self, *, bytes root=None, int root_fd=-1, root_device=None, bytes path=None, int descriptor=-1,
-                  bint borrowed=False, offset=0, size=0, stall_ns=0, int close_mode=CLOSE_ALWAYS):
+                  bint borrowed=False, offset=0, size=0, stall_ns=0, int close_mode=CLOSE_ALWAYS,
+                  read_ahead=0, bint quick=False):
         # Ranges are checked on Python integers, before anything is squeezed into a C type.
-        offset, size, stall_ns = index(offset), index(size), index(stall_ns)
+        offset, size, stall_ns, read_ahead = index(offset), index(size), index(stall_ns), index(read_ahead)
         check_range(offset, size)
+        if not 0 <= read_ahead <= INT64_MAX:
+            raise ValueError(f"read_ahead must be between 0 and {INT64_MAX} bytes, not {read_ahead}")
         if not 0 <= stall_ns <= MAX_STALL * 1e9:
             raise ValueError(f"stall_ns must be between 0 and {MAX_STALL * 1e9:.0f} nanoseconds, not {stall_ns}")
         if close_mode not in (CLOSE_ALWAYS, CLOSE_AT_EOF, CLOSE_NEVER):
@@ -353,6 +402,8 @@ cdef class Job:
         self.visit.descriptor = descriptor
         self.visit.borrowed = borrowed
         self.visit.close_mode = close_mode
+        self.visit.read_ahead = read_ahead
+        self.visit.quick = quick
         self.visit.offset = offset
         self.visit.size = size
         self.visit.stall_ns = stall_ns
@@ -452,6 +503,11 @@ cdef class Job:
     def size(self):
         """Bytes that the visit was asked for."""
         return self.visit.size
+
+    @property
+    def quick(self):
+        """Whether the device was seen to be quick, as far as it was asked."""
+        return self.visit.quick != 0
 
     @property
     def count(self):

@@ -51,6 +51,9 @@ FIRST_CHUNK = 64 * 1024
 CHUNK = 256 * 1024
 """Bytes of one chunk of a stream: large enough to make the hop to a thread cheap, small enough to hold two."""
 
+READ_AHEAD = 4 * CHUNK
+"""Bytes that the device is told to bring while a stream is being read, as long as it is quick."""
+
 CLOCK = time.monotonic
 
 LARGEST = 2**63 - 1
@@ -744,6 +747,8 @@ class DiskFile:
         self._first = first
         self._descriptor = descriptor
         self._in_flight = 0
+        self._read_ahead = 0
+        self._quick = False
         self._closed = False
         self._inline = disk._inline
         self._tally = disk._inline.tally
@@ -903,9 +908,12 @@ class DiskFile:
             offset=offset,
             size=size,
             close_mode=CloseMode.CLOSE_NEVER,
+            read_ahead=self._read_ahead,
+            quick=self._quick,
         )
         self._in_flight += 1
         self._disk._run(job, ends, self._path, on_completed=self._returned)
+        self._quick = job.quick
         self._disk._check(job, self._path)
         return self._disk._take(job)
 
@@ -922,6 +930,7 @@ class DiskFile:
     def _chunks(self, start: int, stop: int, ends: Callable[[], float]) -> Generator[bytes, None, None]:
         if start >= stop:
             return
+        self._read_ahead = READ_AHEAD
         begin = start - self._first_offset
         if 0 <= begin < len(self._first):
             chunk: bytes | Exception = self._first[begin : begin + stop - start] if begin else self._first
@@ -981,7 +990,8 @@ class DiskFile:
         # A job that has not started yet knows the file by its number, which must not be given to another one.
         if not self._in_flight:
             descriptor, self._descriptor = self._descriptor, -1
-            if self._may_close_inline and descriptor >= 0 and not unlinked(descriptor):
+            # Without the root, the last close might be that of a file system which was unmounted meanwhile.
+            if self._may_close_inline and descriptor >= 0 and self._disk._root_fd >= 0 and not unlinked(descriptor):
                 os.close(descriptor)  # which never waits for the device where reads may be inline
             else:
                 self._disk._workers.close_descriptor(descriptor)
@@ -995,8 +1005,12 @@ def _check_range(offset: int, size: int) -> None:
 def _give_way(tally: Tally) -> None:
     """Let other greenlets have their turn, unless this is the hub itself."""
     tally.turn()
-    if gevent.getcurrent() is not gevent.get_hub():
-        gevent.sleep(0)
+    hub = gevent.get_hub()
+    if gevent.getcurrent() is not hub:
+        # Not gevent.sleep(0): greenlets that only do that have their turns one after the other, and the loop looks at
+        # its sockets some ten times a second.
+        with hub.loop.timer(0) as timer:
+            hub.wait(timer)
 
 
 def _nanoseconds(seconds: float) -> int:
