@@ -1009,8 +1009,11 @@ def _give_way(tally: Tally) -> None:
     if gevent.getcurrent() is not hub:
         # Not gevent.sleep(0): greenlets that only do that have their turns one after the other, and the loop looks at
         # its sockets some ten times a second.
-        with hub.loop.timer(0) as timer:
+        timer = hub.loop.timer(0)
+        try:
             hub.wait(timer)
+        finally:
+            timer.close()
 
 
 def _nanoseconds(seconds: float) -> int:
