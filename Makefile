@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/
-EXTENSION = setup.py pyproject.toml src/diskread/_syscalls.pyx src/diskread/_syscalls.pxd
+EXTENSION = setup.py pyproject.toml src/diskread/_syscalls.pyx src/diskread/_syscalls.pxd src/diskread/_engine.pyx
 
 .PHONY: demo test coverage bench lint sanitize soak clean prerequisites
 
@@ -36,7 +36,7 @@ soak: $(VENV)/.installed-test
 	$(RUN)python benchmarks/soak.py --seconds 60
 
 clean:
-	rm -rf build dist $(VENV) src/*.egg-info src/diskread/_syscalls.c src/diskread/*.so
+	rm -rf build dist $(VENV) src/*.egg-info src/diskread/*.c src/diskread/*.so
 
 prerequisites:
 	@scripts/prerequisites $(PYTHON)

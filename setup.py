@@ -1,4 +1,4 @@
-"""Builds the extension; everything else about the package is in pyproject.toml."""
+"""Builds the extensions; everything else about the package is in pyproject.toml."""
 
 import os
 
@@ -6,11 +6,14 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 # DISKREAD_CFLAGS/DISKREAD_LDFLAGS add to the build: the sanitizer build of the tests uses them.
-extension = Extension(
-    "diskread._syscalls",
-    ["src/diskread/_syscalls.pyx"],
-    extra_compile_args=["-O2", "-Wall", "-Wextra", *os.environ.get("DISKREAD_CFLAGS", "").split()],
-    extra_link_args=os.environ.get("DISKREAD_LDFLAGS", "").split(),
-)
+extensions = [
+    Extension(
+        f"diskread.{name}",
+        [f"src/diskread/{name}.pyx"],
+        extra_compile_args=["-O2", "-Wall", "-Wextra", *os.environ.get("DISKREAD_CFLAGS", "").split()],
+        extra_link_args=os.environ.get("DISKREAD_LDFLAGS", "").split(),
+    )
+    for name in ("_syscalls", "_engine")
+]
 
-setup(ext_modules=cythonize([extension], compiler_directives={"language_level": 3}))
+setup(ext_modules=cythonize(extensions, compiler_directives={"language_level": 3}))

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from diskread.limits import EngineName
+
     KilledWithItsSlot = Callable[[Workers, Callable[[], None]], None]
 
 
@@ -398,8 +400,8 @@ def open_after_stall(root: Path, stall: float) -> Job:
 
 
 @pytest.fixture
-def workers(nothing_left_behind: None) -> Workers:
-    return Workers("w1", Limits(threads=2, queue=100, deadline=60, idle=0.5))
+def workers(nothing_left_behind: None, engine: EngineName) -> Workers:
+    return Workers("w1", Limits(threads=2, queue=100, deadline=60, idle=0.5, engine=engine))
 
 
 def finished(workers: Workers) -> bool:

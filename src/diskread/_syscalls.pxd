@@ -1,5 +1,6 @@
 """The C side of a visit to the disk: what an engine needs to run it without Python."""
 
+from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 
@@ -19,6 +20,8 @@ cdef struct Visit:
     int64_t offset
     int64_t stall_ns
     int abandoned           # atomic
+    PyObject *owner         # the engine's: the Job that this belongs to
+    Visit *next             # the engine's: what comes after it in a line
     # ------------------------------------------------------------------
     int opened_root         # the descriptor of `root`, when this visit opened it, or -1
     uint64_t root_device    # the device of the root, when this visit opened it (before: that it has to be on)
@@ -47,3 +50,7 @@ cdef class Job:
     cdef bytes _root
     cdef bytes _path
     cdef bytes _buffer
+
+    cdef int prepare(self) except -1
+    cdef void unprepare(self) noexcept
+    cdef void finish(self) noexcept

@@ -279,9 +279,13 @@ cdef void do_close(Visit *visit) noexcept nogil:
 
 
 cdef void visit_disk(Visit *visit) noexcept nogil:
-    """The whole visit: stall, open, stat, read, close. No Python, no exception, any thread."""
+    """The whole visit: stall, open, stat, read, close. No Python, no exception, any thread.
+
+    When there was no memory for the buffer (STEP_MEMORY) it is a visit all the same: to close what there is to close.
+    """
     visit.started_ns = now_ns()
-    do_steps(visit)
+    if visit.step == STEP_NONE:
+        do_steps(visit)
     do_close(visit)
     visit.finished_ns = now_ns()
 
@@ -366,6 +370,13 @@ cdef class Job:
         Raises:
             RuntimeError: The Job ran before or is running.
         """
+        self.prepare()
+        with nogil:
+            visit_disk(&self.visit)
+        self.finish()
+
+    cdef int prepare(self) except -1:
+        """Get ready for `visit_disk`: with this the visit is running. Needs the GIL, as the buffer is Python's."""
         if not advance(&self._state, NEW, RUNNING):
             raise RuntimeError("a Job runs once")
         if self.visit.size > 0 and not load(&self.visit.abandoned):
@@ -374,11 +385,18 @@ cdef class Job:
                 self.visit.buffer = PyBytes_AS_STRING(self._buffer)
             except (MemoryError, OverflowError):
                 fail(&self.visit, STEP_MEMORY, ENOMEM)
-        with nogil:
-            if self.visit.step == STEP_NONE:
-                visit_disk(&self.visit)
-            else:
-                do_close(&self.visit)
+        return 0
+
+    cdef void unprepare(self) noexcept:
+        """The visit that was prepared did not take place."""
+        self._buffer = None
+        self.visit.buffer = NULL
+        self.visit.step = STEP_NONE
+        self.visit.error = 0
+        store(&self._state, NEW)
+
+    cdef void finish(self) noexcept:
+        """The visit that was prepared is over."""
         store(&self._state, FINISHED)
 
     def abandon(self):

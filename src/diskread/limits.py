@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+EngineName = Literal["threadpool", "native"]
 
 LONGEST_IDLE = 1_000_000
 """Seconds. A lock of a native thread cannot wait for ever so long (threading.TIMEOUT_MAX); this is well within it."""
@@ -29,6 +32,8 @@ class Limits:
             probe, with jitter.
         probe_interval_max: Seconds between probes at most.
         slow: Seconds at the disk after which a read is logged as slow. `math.inf` logs none.
+        engine: What runs the reads: "threadpool" is gevent's; "native" has threads that never wait for the GIL, so that
+            a busy interpreter delays no read that is under way. Other calls (`Disk.run`) use the threadpool always.
 
     Raises:
         ValueError: A value out of its range; the message names it.
@@ -44,10 +49,14 @@ class Limits:
     probe_interval: float = 1.0
     probe_interval_max: float = 30.0
     slow: float = 1.0
+    engine: EngineName = "threadpool"
 
     def __post_init__(self) -> None:
         """Check every value, so that a wrong one is found where it was written."""
+        _check_engine(self.engine)
         for field in fields(self):
+            if field.name == "engine":
+                continue
             value = getattr(self, field.name)
             whole = field.name in ("threads", "queue")
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
@@ -87,3 +96,10 @@ def check_deadline(seconds: float) -> float:
     if not seconds > 0:  # also catches NaN
         raise ValueError(f"deadline must be a positive number of seconds, not {seconds}")
     return seconds
+
+
+def _check_engine(engine: object) -> None:
+    if not isinstance(engine, str):
+        raise TypeError(f"engine must be a string, not {engine!r}")
+    if engine not in get_args(EngineName):
+        raise ValueError(f"engine must be {' or '.join(map(repr, get_args(EngineName)))}, not {engine!r}")
