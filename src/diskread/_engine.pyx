@@ -288,7 +288,6 @@ cdef class Engine:
         while visit != NULL:
             job = <Job>visit.owner
             visit = visit.next
-            job.finish()
             jobs.append(job)
             Py_DECREF(job)
         return jobs

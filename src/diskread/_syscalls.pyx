@@ -288,6 +288,7 @@ cdef void visit_disk(Visit *visit) noexcept nogil:
         do_steps(visit)
     do_close(visit)
     visit.finished_ns = now_ns()
+    store(&visit.state, FINISHED)
 
 
 cdef int check_range(offset, size) except -1:
@@ -360,7 +361,7 @@ cdef class Job:
         self.visit.offset = offset
         self.visit.size = size
         self.visit.stall_ns = stall_ns
-        self._state = NEW
+        self.visit.state = NEW
 
     def run(self):
         """Make the visit. Blocks the calling native thread, GIL released, for as long as the disk takes.
@@ -373,11 +374,10 @@ cdef class Job:
         self.prepare()
         with nogil:
             visit_disk(&self.visit)
-        self.finish()
 
     cdef int prepare(self) except -1:
         """Get ready for `visit_disk`: with this the visit is running. Needs the GIL, as the buffer is Python's."""
-        if not advance(&self._state, NEW, RUNNING):
+        if not advance(&self.visit.state, NEW, RUNNING):
             raise RuntimeError("a Job runs once")
         if self.visit.size > 0 and not load(&self.visit.abandoned):
             try:
@@ -393,11 +393,7 @@ cdef class Job:
         self.visit.buffer = NULL
         self.visit.step = STEP_NONE
         self.visit.error = 0
-        store(&self._state, NEW)
-
-    cdef void finish(self) noexcept:
-        """The visit that was prepared is over."""
-        store(&self._state, FINISHED)
+        store(&self.visit.state, NEW)
 
     def abandon(self):
         """Tell the visit that nobody waits for it: it stops at the next step and closes what it opened.
@@ -414,7 +410,7 @@ cdef class Job:
         Raises:
             RuntimeError: The Job is running: the descriptor is its own then.
         """
-        if load(&self._state) == RUNNING:
+        if load(&self.visit.state) == RUNNING:
             raise RuntimeError("the Job is running")
         if self.visit.borrowed:
             return -1
@@ -427,7 +423,7 @@ cdef class Job:
         Raises:
             RuntimeError: The Job is running: the descriptor is its own then.
         """
-        if load(&self._state) == RUNNING:
+        if load(&self.visit.state) == RUNNING:
             raise RuntimeError("the Job is running")
         descriptor, self.visit.opened_root = self.visit.opened_root, -1
         return descriptor
@@ -435,7 +431,7 @@ cdef class Job:
     def take_data(self):
         """Hand the bytes that were read to the caller; empty when nothing was read. Never blocks."""
         cdef bytes data = self._buffer
-        if load(&self._state) != FINISHED or data is None:
+        if load(&self.visit.state) != FINISHED or data is None:
             return b""
         self._buffer = None
         self.visit.buffer = NULL
@@ -444,7 +440,7 @@ cdef class Job:
     @property
     def finished(self):
         """Whether the visit is over (also when it failed)."""
-        return load(&self._state) == FINISHED
+        return load(&self.visit.state) == FINISHED
 
     @property
     def abandoned(self):
@@ -512,7 +508,7 @@ cdef class Job:
 
     def __dealloc__(self):
         # O_PATH descriptors of a root hold no data of the disk: closing one cannot block (open(2), O_PATH).
-        if self._state != REFUSED and self.visit.opened_root >= 0:
+        if self.visit.state != REFUSED and self.visit.opened_root >= 0:
             c_close(self.visit.opened_root)
 
 
