@@ -132,8 +132,8 @@ def _allowed(idle: float) -> bool:
 def test_the_engine_is_one_that_there_is() -> None:
     assert Limits(engine="native").engine == "native"
     for value in ("", "Native", "thread pool"):
-        with pytest.raises(ValueError, match="^engine must be 'threadpool' or 'native', not "):
+        with pytest.raises(ValueError, match=r"^engine must be 'threadpool' or 'native', not "):
             Limits(engine=value)  # type: ignore[arg-type]
     for wrong in (None, b"native", 1, ["native"]):
-        with pytest.raises(TypeError, match="^engine must be a string"):
+        with pytest.raises(TypeError, match=r"^engine must be a string"):
             Limits(engine=wrong)  # type: ignore[arg-type]
