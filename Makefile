@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/
-EXTENSION = setup.py pyproject.toml src/diskread/_page_cache.h src/diskread/_cached.pyx src/diskread/_syscalls.pyx src/diskread/_syscalls.pxd
+EXTENSION = setup.py pyproject.toml $(wildcard src/diskread/*.h src/diskread/*.pyx src/diskread/*.pxd)
 
 BENCHMARKS = gil hotpath coldread busyhub http_files
 

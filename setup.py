@@ -1,4 +1,4 @@
-"""Builds the extension; everything else about the package is in pyproject.toml."""
+"""Builds the extensions; everything else about the package is in pyproject.toml."""
 
 import os
 
@@ -14,7 +14,7 @@ extensions = [
         extra_compile_args=["-O2", "-Wall", "-Wextra", *os.environ.get("DISKREAD_CFLAGS", "").split()],
         extra_link_args=os.environ.get("DISKREAD_LDFLAGS", "").split(),
     )
-    for name in ("_cached", "_syscalls")
+    for name in ("_cached", "_engine", "_syscalls")
 ]
 
 setup(ext_modules=cythonize(extensions, compiler_directives={"language_level": 3}))

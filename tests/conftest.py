@@ -20,6 +20,8 @@ from diskread import Disk, Limits
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from diskread.limits import EngineName
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So does a shell start what it runs in the background, and every process that a test starts would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -91,14 +93,21 @@ def root(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.fixture(params=["threadpool", "native"])
+def engine(request: pytest.FixtureRequest) -> EngineName:
+    """Each engine that there is."""
+    name: EngineName = request.param
+    return name
+
+
 @pytest.fixture
-def make_disk(nothing_left_behind: None, root: Path) -> Iterator[MakeDisk]:
-    """Make disks on `root` with the given limits; they are closed after the test."""
+def make_disk(nothing_left_behind: None, root: Path, engine: EngineName) -> Iterator[MakeDisk]:
+    """Make disks on `root` with the given limits, with each engine; they are closed after the test."""
     disks = []
 
     def make(**limits: float) -> Disk:
         # Most tests are about the workers; those of inline reads ask for them.
-        disks.append(Disk("d1", root, Limits(**{"inline": "off", **limits})))  # type: ignore[arg-type]
+        disks.append(Disk("d1", root, Limits(**{"inline": "off", "engine": engine, **limits})))  # type: ignore[arg-type]
         return disks[-1]
 
     yield make

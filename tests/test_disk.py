@@ -726,7 +726,7 @@ def test_a_finalizer_may_run_inside_of_the_pools_own_code(run_script: RunScript,
         "disk = Disk('d1', sys.argv[1])\n"
         "file = disk.open('large')\n"
         "threading.Timer(10, os._exit, [9]).start()\n"
-        "with disk._workers._crew.pool.task_queue._mutex:\n"
+        "with disk._workers._crew.engine.pool.task_queue._mutex:\n"
         "    del file\n"
         "while any(os.readlink(f'/proc/self/fd/{fd}').endswith('/large') for fd in os.listdir('/proc/self/fd')\n"
         "          if os.path.exists(f'/proc/self/fd/{fd}')):\n"

@@ -17,7 +17,7 @@ from .conftest import SMALL, MakeDisk, until
 
 def test_the_defaults_are_allowed() -> None:
     limits = Limits()
-    assert dataclasses.astuple(limits) == (8, 64, 10.0, 60.0, 10.0, 30.0, 1.0, 30.0, 1.0, "auto")
+    assert dataclasses.astuple(limits) == (8, 64, 10.0, 60.0, 10.0, 30.0, 1.0, 30.0, 1.0, "auto", "threadpool")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,9 @@ def test_what_is_out_of_range_is_named(field: str, value: float) -> None:
         Limits(**{field: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("field", [each.name for each in dataclasses.fields(Limits) if each.name != "inline"])
+@pytest.mark.parametrize(
+    "field", [each.name for each in dataclasses.fields(Limits) if each.name not in ("inline", "engine")]
+)
 @pytest.mark.parametrize("value", ["1", None, True, False, b"1", [1], 1j, object()], ids=repr)
 def test_what_is_of_the_wrong_type_is_named(field: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"^{field} must be "):
@@ -90,7 +92,7 @@ def test_what_is_of_the_wrong_type_is_named(field: str, value: Any) -> None:
 def test_inline_is_one_of_two_words() -> None:
     assert Limits(inline="off").inline == "off"
     with pytest.raises(ValueError, match=r"^inline must be 'auto' or 'off', not 'on'"):
-        Limits(inline="on")
+        Limits(inline="on")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^inline must be 'auto' or 'off', not True"):
         Limits(inline=True)  # type: ignore[arg-type]
 
@@ -135,3 +137,13 @@ def _allowed(idle: float) -> bool:
     except ValueError:
         return False
     return True
+
+
+def test_the_engine_is_one_that_there_is() -> None:
+    assert Limits(engine="native").engine == "native"
+    for value in ("", "Native", "thread pool"):
+        with pytest.raises(ValueError, match=r"^engine must be 'threadpool' or 'native', not "):
+            Limits(engine=value)  # type: ignore[arg-type]
+    for wrong in (None, b"native", 1, ["native"]):
+        with pytest.raises(TypeError, match=r"^engine must be 'threadpool' or 'native', not "):
+            Limits(engine=wrong)  # type: ignore[arg-type]

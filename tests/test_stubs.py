@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -68,11 +70,12 @@ def run_mypy(module: str, *arguments: str | Path, cwd: Path) -> subprocess.Compl
     )
 
 
-def test_the_stub_and_the_extension_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["_syscalls", "_engine"])
+def test_the_stub_and_the_extension_agree(tmp_path: Path, module: str) -> None:
     allowed = tmp_path / "allowed"
-    allowed.write_text("".join(f"diskread._syscalls.{name}\n" for name in ALLOWED))
+    allowed.write_text("".join(f"diskread.{module}.{name}\n" for name in ALLOWED))
     options: list[str | Path] = ["--allowlist", allowed, "--ignore-unused-allowlist"]  # versions of Cython differ
-    result = run_mypy("mypy.stubtest", "diskread._syscalls", *options, cwd=tmp_path)
+    result = run_mypy("mypy.stubtest", f"diskread.{module}", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

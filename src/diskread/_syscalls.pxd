@@ -1,11 +1,12 @@
 """The C side of a visit to the disk: what an engine needs to run it without Python."""
 
+from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 
 # Everything that one visit to the disk needs and everything that it found out. The part above the line is written
-# before the visit starts and only read by it; the part below is written by the visit alone. `abandoned` and
-# `progress_ns` are the fields that two threads may touch at the same time: they are only ever accessed atomically.
+# before the visit starts and only read by it; the part below is written by the visit alone. `abandoned`,
+# `state` and `progress_ns` are the fields that two threads may touch at the same time: they are only ever accessed atomically.
 cdef struct Visit:
     const char *root        # directory to open when root_fd is -1, or NULL
     int root_fd             # directory that path is resolved under, or -1
@@ -20,6 +21,9 @@ cdef struct Visit:
     int64_t read_ahead      # bytes behind the range that will be asked for next
     int64_t stall_ns
     int abandoned           # atomic
+    int state               # atomic; see JobState in the .pyx
+    PyObject *owner         # the engine's: the Job that this belongs to
+    Visit *next             # the engine's: what comes after it in a line
     # ------------------------------------------------------------------
     int opened_root         # the descriptor of `root`, when this visit opened it, or -1
     uint64_t root_device    # the device of the root, when this visit opened it (before: that it has to be on)
@@ -45,7 +49,9 @@ cdef void visit_disk(Visit *visit) noexcept nogil
 
 cdef class Job:
     cdef Visit visit
-    cdef int _state
     cdef bytes _root
     cdef bytes _path
     cdef bytes _buffer
+
+    cdef int prepare(self) except -1
+    cdef void unprepare(self) noexcept

@@ -323,11 +323,16 @@ cdef void do_close(Visit *visit) noexcept nogil:
 
 
 cdef void visit_disk(Visit *visit) noexcept nogil:
-    """The whole visit: stall, open, stat, read, close. No Python, no exception, any thread."""
+    """The whole visit: stall, open, stat, read, close. No Python, no exception, any thread.
+
+    When there was no memory for the buffer (STEP_MEMORY) it is a visit all the same: to close what there is to close.
+    """
     visit.started_ns = now_ns()
-    do_steps(visit)
+    if visit.step == STEP_NONE:
+        do_steps(visit)
     do_close(visit)
     visit.finished_ns = now_ns()
+    store(&visit.state, FINISHED)
 
 
 cdef int check_range(offset, size) except -1:
@@ -407,7 +412,7 @@ cdef class Job:
         self.visit.offset = offset
         self.visit.size = size
         self.visit.stall_ns = stall_ns
-        self._state = NEW
+        self.visit.state = NEW
 
     def run(self):
         """Make the visit. Blocks the calling native thread, GIL released, for as long as the disk takes.
@@ -417,7 +422,13 @@ cdef class Job:
         Raises:
             RuntimeError: The Job ran before or is running.
         """
-        if not advance(&self._state, NEW, RUNNING):
+        self.prepare()
+        with nogil:
+            visit_disk(&self.visit)
+
+    cdef int prepare(self) except -1:
+        """Get ready for `visit_disk`: with this the visit is running. Needs the GIL, as the buffer is Python's."""
+        if not advance(&self.visit.state, NEW, RUNNING):
             raise RuntimeError("a Job runs once")
         if self.visit.size > 0 and not load(&self.visit.abandoned):
             try:
@@ -425,12 +436,15 @@ cdef class Job:
                 self.visit.buffer = PyBytes_AS_STRING(self._buffer)
             except (MemoryError, OverflowError):
                 fail(&self.visit, STEP_MEMORY, ENOMEM)
-        with nogil:
-            if self.visit.step == STEP_NONE:
-                visit_disk(&self.visit)
-            else:
-                do_close(&self.visit)
-        store(&self._state, FINISHED)
+        return 0
+
+    cdef void unprepare(self) noexcept:
+        """The visit that was prepared did not take place."""
+        self._buffer = None
+        self.visit.buffer = NULL
+        self.visit.step = STEP_NONE
+        self.visit.error = 0
+        store(&self.visit.state, NEW)
 
     def abandon(self):
         """Tell the visit that nobody waits for it: it stops at the next step and closes what it opened.
@@ -447,7 +461,7 @@ cdef class Job:
         Raises:
             RuntimeError: The Job is running: the descriptor is its own then.
         """
-        if load(&self._state) == RUNNING:
+        if load(&self.visit.state) == RUNNING:
             raise RuntimeError("the Job is running")
         if self.visit.borrowed:
             return -1
@@ -460,7 +474,7 @@ cdef class Job:
         Raises:
             RuntimeError: The Job is running: the descriptor is its own then.
         """
-        if load(&self._state) == RUNNING:
+        if load(&self.visit.state) == RUNNING:
             raise RuntimeError("the Job is running")
         descriptor, self.visit.opened_root = self.visit.opened_root, -1
         return descriptor
@@ -468,7 +482,7 @@ cdef class Job:
     def take_data(self):
         """Hand the bytes that were read to the caller; empty when nothing was read. Never blocks."""
         cdef bytes data = self._buffer
-        if load(&self._state) != FINISHED or data is None:
+        if load(&self.visit.state) != FINISHED or data is None:
             return b""
         self._buffer = None
         self.visit.buffer = NULL
@@ -477,7 +491,7 @@ cdef class Job:
     @property
     def finished(self):
         """Whether the visit is over (also when it failed)."""
-        return load(&self._state) == FINISHED
+        return load(&self.visit.state) == FINISHED
 
     @property
     def abandoned(self):
@@ -550,7 +564,7 @@ cdef class Job:
 
     def __dealloc__(self):
         # O_PATH descriptors of a root hold no data of the disk: closing one cannot block (open(2), O_PATH).
-        if self._state != REFUSED and self.visit.opened_root >= 0:
+        if self.visit.state != REFUSED and self.visit.opened_root >= 0:
             c_close(self.visit.opened_root)
 
 

@@ -611,13 +611,13 @@ class Disk:
             close_mode=close_mode,
         )
         self._users_of_root += 1
-        first = _FirstVisit(job) if self._root_fd < 0 else None
+        first = _FirstVisit(job) if self._root_fd < 0 and self._inline.open_question else None
         self._run(first or job, ends, name, longest_wait=longest_wait, on_completed=self._root_unused)
-        if first is not None and self._root_fd < 0 and not self._closed and job.step != Step.STEP_ROOT:
-            self._root_fd = first.take_root()
+        if self._root_fd < 0 and not self._closed and job.step != Step.STEP_ROOT:
+            self._root_fd = (first or job).take_root()
             if self._root_fd >= 0:
                 self._root_device = job.root_device
-                if first.capability is not None:
+                if first is not None and first.capability is not None:
                     self._inline.learn(first.capability)
         self._check(job, name)
         self._sample = name

@@ -114,6 +114,11 @@ class Inline:
         self.on = self._known = False
         self._reason = "not known before the disk has answered" if self._wanted else "switched off"
 
+    @property
+    def open_question(self) -> bool:
+        """Whether somebody should ask the disk."""
+        return self._wanted and not self._known
+
     def opened(self) -> None:
         """A file was opened, or asked for its size, without a worker."""
         self._opened += 1

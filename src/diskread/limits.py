@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Literal
+
+EngineName = Literal["threadpool", "native"]
 
 LONGEST_IDLE = 1_000_000
 """Seconds. A lock of a native thread cannot wait for ever so long (threading.TIMEOUT_MAX); this is well within it."""
@@ -31,6 +34,8 @@ class Limits:
         inline: "auto" reads what is in the page cache on the hub's own thread, where that cannot block
             (`diskread.inline`); "off" never does.
         slow: Seconds at the disk after which a read is logged as slow. `math.inf` logs none.
+        engine: What runs the reads: "threadpool" is gevent's; "native" has threads that never wait for the GIL, so that
+            a busy interpreter delays no read that is under way. Other calls (`Disk.run`) use the threadpool always.
 
     Raises:
         ValueError: A value out of its range; the message names it.
@@ -46,13 +51,15 @@ class Limits:
     probe_interval: float = 1.0
     probe_interval_max: float = 30.0
     slow: float = 1.0
-    inline: str = "auto"
+    inline: Literal["auto", "off"] = "auto"
+    engine: EngineName = "threadpool"
 
     def __post_init__(self) -> None:
         """Check every value, so that a wrong one is found where it was written."""
         _check_choice("inline", self.inline, ("auto", "off"))
+        _check_choice("engine", self.engine, ("threadpool", "native"))
         for field in fields(self):
-            if field.name == "inline":
+            if field.name in ("inline", "engine"):
                 continue
             value = getattr(self, field.name)
             whole = field.name in ("threads", "queue")

@@ -1,9 +1,10 @@
-"""Runs the jobs of one disk on gevent's threadpool: slots, a bounded queue, deadlines, abandoned jobs.
+"""Runs the jobs of one disk in native threads: slots, a bounded queue, deadlines, abandoned jobs.
 
 The rules, each of which keeps a hung disk from using up more than its own share:
 
-* At most `threads` jobs are inside the kernel. The slots stand in front of the pool, because the pool itself would make
-  its callers wait without a deadline, and would admit one more than its size (`gevent.threadpool.ThreadPool.spawn`).
+* At most `threads` jobs are inside the kernel. The slots stand in front of the engine (`diskread.engines`): gevent's
+  threadpool itself would make its callers wait without a deadline, and would admit one more than its size
+  (`gevent.threadpool.ThreadPool.spawn`).
 * At most `queue` callers wait for a slot; one more is refused at once.
 * A slot is given back when the system call has returned, never when its caller gives up: otherwise each missed
   deadline would add a thread for as long as the disk hangs.
@@ -22,9 +23,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import gevent
-from gevent.threadpool import ThreadPool
 
 from ._syscalls import Job
+from .engines import new_engine
 from .errors import DiskBusy, DiskOffline, DiskTimeout
 from .health import Health, Refusal, State
 from .latency import Latency
@@ -35,8 +36,7 @@ from .slow_log import SlowLog
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gevent.event import AsyncResult
-
+    from .engines import Waiter
     from .health import Kind
     from .limits import Limits
 
@@ -139,7 +139,7 @@ class _Crew:
     def __init__(self, limits: Limits, clock: Callable[[], float], look: Callable[[_Crew], None]) -> None:
         self.process = os.getpid()
         self.hub = gevent.get_hub()
-        self.pool = _new_pool(limits, self.hub)
+        self.engine = new_engine(limits, self.hub)
         self.slots = Slots(limits.threads)
         self.health = Health(limits, clock(), progress_of=_progress_of)
         self.monitor = Monitor(self.health, self.hub, clock, partial(look, self))
@@ -150,10 +150,6 @@ class _Crew:
 
 def _progress_of(visit: _Visit) -> float:
     return visit.task.progress
-
-
-def _new_pool(limits: Limits, hub: gevent.hub.Hub) -> ThreadPool:
-    return ThreadPool(limits.threads, hub, idle_task_timeout=limits.idle)  # type: ignore[arg-type]  # takes any number
 
 
 class Workers:
@@ -225,12 +221,12 @@ class Workers:
         try:
             crew = self._crew_here()
             self._take_slot(crew, ends, longest_wait, path)
-            result = self._start(crew, visit)
+            over = self._start(crew, visit)
         except BaseException:
             self._drop(visit)
             raise
         try:
-            result.wait(None if ends == math.inf else max(0.0, ends - self._clock()))
+            over.wait(None if ends == math.inf else max(0.0, ends - self._clock()))
         except BaseException:
             self._abandon(crew, visit)
             raise
@@ -310,7 +306,7 @@ class Workers:
         health, now = crew.health, self._clock()
         return Load(
             state=health.state(now),
-            threads=crew.pool.size,
+            threads=crew.engine.threads,
             in_flight=health.in_flight,
             stuck=health.stuck(now),
             waiting=crew.slots.waiting,
@@ -372,15 +368,10 @@ class Workers:
             return DiskBusy(self._name, path, refusal.reason)
         return DiskOffline(self._name, path, refusal.reason, retry_after=refusal.retry_after)
 
-    def _start(self, crew: _Crew, visit: _Visit) -> AsyncResult[None]:
-        """Hand a visit to the pool. The caller holds a slot for it, and has lost it when this fails. Never blocks."""
-        if not crew.pool.maxsize:  # something to close has turned up after the threads were let go
-            crew.pool = _new_pool(self._limits, crew.hub)
+    def _start(self, crew: _Crew, visit: _Visit) -> Waiter:
+        """Hand a visit to the engine. The caller holds a slot for it, and has lost it when this fails. Never blocks."""
         try:
-            if crew.pool.size <= crew.health.in_flight:
-                # Before the task is in the pool's line, from where nobody can take it back if this fails.
-                crew.pool.size = crew.health.in_flight + 1
-            result: AsyncResult[None] = crew.pool.spawn(visit.task.run)
+            over = crew.engine.start(visit.task, partial(self._completed, crew, visit))
         except RuntimeError as error:  # "can't start new thread"
             crew.slots.release()
             raise DiskBusy(
@@ -389,10 +380,9 @@ class Workers:
         visit.started = self._clock()
         crew.health.started(visit, visit.started, visit.kind)
         self._expect_next_event(crew)
-        result.rawlink(partial(self._completed, crew, visit))
-        return result
+        return over
 
-    def _completed(self, crew: _Crew, visit: _Visit, _result: AsyncResult[None]) -> None:
+    def _completed(self, crew: _Crew, visit: _Visit) -> None:
         """The system call has returned. Runs in the hub, before any greenlet that waits for the visit."""
         now = self._clock()
         visit.completed = True
@@ -463,8 +453,8 @@ class Workers:
         return True
 
     def _dismiss_when_idle(self, crew: _Crew) -> None:
-        if self._closed and crew.slots.unused and not crew.to_close and crew.pool.maxsize:
-            crew.pool.maxsize = 0  # unlike ThreadPool.kill() this does not wait for the threads
+        if self._closed and crew.slots.unused and not crew.to_close:
+            crew.engine.dismiss()
             crew.monitor.stop()
 
     def _look(self, crew: _Crew) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -44,7 +44,8 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     probe_interval: float | None = None
     probe_interval_max: float | None = None
     slow: float | None = None
-    inline: str | None = None
+    inline: Literal["auto", "off"] | None = None
+    engine: Literal["threadpool", "native"] | None = None
 
 
 class DiskConfig(LimitsConfig, forbid_unknown_fields=True, frozen=True, kw_only=True):
