@@ -222,7 +222,7 @@ def test_what_the_threads_share_outlives_the_engine() -> None:
 # -- beside Python ----------------------------------------------------------------------------------------------------
 
 
-def test_reads_come_to_their_end_while_python_stands_still(native: Disk, root: Path) -> None:
+def test_reads_come_to_their_end_while_python_stands_still(root: Path) -> None:
     engine = Engine(4, 60)
     jobs = [reading(root, stall=0.05) for _ in range(20)]
     for job in jobs:

@@ -5,8 +5,8 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 
 # Everything that one visit to the disk needs and everything that it found out. The part above the line is written
-# before the visit starts and only read by it; the part below is written by the visit alone. `abandoned`,
-# `state` and `progress_ns` are the fields that two threads may touch at the same time: they are only ever accessed atomically.
+# before the visit starts and only read by it; the part below is written by the visit alone. `abandoned`, `state` and
+# `progress_ns` are the fields that two threads may touch at the same time: they are only ever accessed atomically.
 cdef struct Visit:
     const char *root        # directory to open when root_fd is -1, or NULL
     int root_fd             # directory that path is resolved under, or -1
