@@ -33,7 +33,7 @@ NO_ROOM = 1 << 46
 @pytest.fixture
 def native(nothing_left_behind: None, root: Path) -> Iterator[Disk]:
     """A disk with four native threads."""
-    with Disk("d1", root, Limits(threads=4, queue=1000, deadline=60, idle=5, engine="native")) as disk:
+    with Disk("d1", root, Limits(threads=4, queue=1000, deadline=60, idle=5, engine="native", inline="off")) as disk:
         yield disk
 
 
@@ -272,7 +272,7 @@ warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
 import gevent, gevent.os
 from diskread import Disk, DiskTimeout, Limits
 
-disk = Disk("d1", sys.argv[1], Limits(threads=2, deadline=30, engine="native"))
+disk = Disk("d1", sys.argv[1], Limits(threads=2, deadline=30, engine="native", inline="off"))
 assert disk.read("small")
 stuck = gevent.spawn(disk.stall, float(sys.argv[2]))
 while not disk.status.load.in_flight:
