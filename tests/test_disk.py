@@ -246,6 +246,15 @@ def test_a_file_that_may_not_be_read(make_disk: MakeDisk, root: Path) -> None:
         make_disk().read("small")
 
 
+@pytest.mark.parametrize("inline", ["auto", "off"])
+def test_a_path_that_is_no_text(make_disk: MakeDisk, inline: str) -> None:
+    disk = make_disk(inline=inline)
+    disk.read("small")
+    for ask in (disk.read, disk.open, disk.stat):
+        with pytest.raises(DiskPathInvalid, match="no text"):
+            ask("\ud800")
+
+
 @pytest.mark.parametrize("number", [-1, 2**63, 2**64, 1.5, "1", None])
 def test_bad_numbers(make_disk: MakeDisk, root: Path, number: Any) -> None:
     disk = make_disk()

@@ -668,7 +668,12 @@ class Disk:
             os.close(descriptor)
 
     def _checked_path(self, path: Path) -> bytes:
-        name = os.fsencode(path)
+        try:
+            name = os.fsencode(path)
+        except UnicodeEncodeError as error:
+            raise DiskPathInvalid(
+                self._name, repr(path).encode("ascii", "replace"), "it is no text: " + str(error)
+            ) from None
         if self._root is None:
             raise DiskPathInvalid(self._name, name, "this disk has no files")
         if not name:

@@ -39,13 +39,14 @@ def healthy(tmp_path: Path, nothing_left_behind: None) -> Iterator[Disk]:
         yield disk
 
 
-@pytest.fixture
-def sick(nothing_left_behind: None) -> Iterator[Callable[..., Disk]]:
-    """Make a disk on a directory that can hang: two slots, a queue of two, a short deadline."""
+@pytest.fixture(params=["threadpool", "native"])
+def sick(nothing_left_behind: None, request: pytest.FixtureRequest) -> Iterator[Callable[..., Disk]]:
+    """Make a disk on a directory that can hang: two slots, a queue of two, a short deadline. With each engine."""
     disks: list[Disk] = []
 
     def make(root: Path, *, threads: int = 2, queue: int = 2, deadline: float = DEADLINE) -> Disk:
-        disks.append(Disk("sick", root, Limits(threads=threads, queue=queue, deadline=deadline, idle=0.2)))
+        limits = Limits(threads=threads, queue=queue, deadline=deadline, idle=0.2, engine=request.param)
+        disks.append(Disk("sick", root, limits))
         return disks[-1]
 
     yield make
