@@ -1,6 +1,7 @@
 # make demo   see it: virtual environment, install, demo
 # make test   the whole test-suite
 # make bench  the benchmarks
+# make seedtable  the table of the original experiment: ten languages beside diskread; as root, half an hour
 # make lint   what CI checks besides the tests
 # make sanitize  the extension under ASan and UBSan
 # make soak   a minute of disks that hang and recover at random
@@ -9,7 +10,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/
 EXTENSION = setup.py pyproject.toml src/diskread/_syscalls.pyx src/diskread/_syscalls.pxd
 
-.PHONY: demo test coverage bench lint sanitize soak clean prerequisites
+.PHONY: demo test coverage bench seedtable lint sanitize soak clean prerequisites
 
 demo: $(VENV)/.installed
 	$(RUN)diskread demo
@@ -23,6 +24,10 @@ coverage: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-bench
 	$(RUN)python benchmarks/gil.py
+
+seedtable: $(VENV)/.installed-bench
+	$(RUN)python benchmarks/seedtable.py --install
+	$(RUN)python benchmarks/seedtable.py
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-lint
 	$(RUN)ruff format --check .

@@ -133,14 +133,13 @@ def _ask(peer: Peer, case: _Case) -> str | None:
                 if case.half_close:
                     sock.shutdown(socket.SHUT_WR)
             wants_http = case.send[:1] and case.send[0].startswith(b"GET ")
-            while not (b"\r\n\r\n" if wants_http else b"\n") in received:
+            while (b"\r\n\r\n" if wants_http else b"\n") not in received:
                 piece = sock.recv(65536)
                 if not piece:
                     break
                 received += piece
     except OSError as error:
         return str(error) or type(error).__name__
-    # For input that is bad, to hang up is not what the wire says, but an answer of a kind: it is told apart by its name.
     if case.reply.fullmatch(received):
         return None
     return repr(received[:60])[1:] if received else "closed without a reply"

@@ -194,4 +194,6 @@ def _run(arguments: Sequence[str], schedule: str, look: Callable[[float], None])
 
 def _answer(line: str) -> Answer:
     tag, due, end, connected, outcome = line.split()
-    return Answer(int(tag), int(due) / 1e6, int(end) / 1e6, None if connected == "-1" else int(connected) / 1e6, outcome)
+    return Answer(
+        int(tag), int(due) / 1e6, int(end) / 1e6, None if connected == "-1" else int(connected) / 1e6, outcome
+    )

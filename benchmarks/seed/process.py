@@ -54,7 +54,7 @@ class Peer:
         command = row.words(row.start, port=self.port)
         if root is not None:
             command += row.words(row.root, root=root)
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop()
         try:
             self.process = subprocess.Popen(
                 command,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FAST, SLOW = 0, 1
 HEALTHY, SICK = 0, 1
 FILES, FILE_BYTES = 8, 16_384
+IN_TIME = 1.0  # seconds
 SAMPLE = 0.5  # seconds between two looks at what the server uses around the hang
 LATE_SHARE = 0.3
 """Share of the slow read's length by which a fast request may be late before it counts as held up."""
@@ -133,6 +134,8 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
         begin, end: Seconds since the load began.
         healthy, sick: What became of the requests to each disk.
         healthy_per_second: Right answers of the healthy disk, per second.
+        healthy_in_time: Right answers of the healthy disk within `IN_TIME`.
+        sick_got: How the requests to the sick disk ended; right answers that came after the phase are told apart.
     """
 
     name: str
@@ -141,6 +144,8 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
     healthy: Latencies
     sick: Latencies
     healthy_per_second: float
+    healthy_in_time: int
+    sick_got: dict[str, int]
 
 
 class Second(msgspec.Struct, frozen=True, array_like=True):
@@ -346,7 +351,7 @@ def hang(row: Row, settings: Settings, progress: Callable[[str], None]) -> Hang:
 
 @contextlib.contextmanager
 def two_disks(max_stall: float) -> Iterator[tuple[Path, FaultFS]]:
-    """A directory with `sick`, a file system that can hang, and `healthy`, a plain directory; files f0 to f7 in both."""
+    """A directory with `sick`, a file system that can hang, and `healthy`, a plain directory; both have f0 to f7."""
     with contextlib.ExitStack() as stack:
         disk = stack.enter_context(FaultFS(max_stall=max_stall))
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seedtable-")))
@@ -356,7 +361,7 @@ def two_disks(max_stall: float) -> Iterator[tuple[Path, FaultFS]]:
                 (directory / f"f{k}").write_bytes(bytes([k]) * FILE_BYTES)
         (root / "sick").mkdir()
         subprocess.run(["mount", "--bind", disk.root, root / "sick"], check=True)
-        stack.callback(subprocess.run, ["umount", "--lazy", root / "sick"], check=True)
+        stack.callback(lambda: subprocess.run(["umount", "--lazy", root / "sick"], check=True))
         stack.callback(_release, disk)
         yield root, disk
 
@@ -390,7 +395,13 @@ def phase(
         healthy=found,
         sick=latencies(of_sick, 0.0),  # how long its clients were kept waiting, whatever for
         healthy_per_second=found.ok / (end - begin),
+        healthy_in_time=sum(each.outcome == "ok" and each.latency <= IN_TIME for each in of_healthy),
+        sick_got=outcomes(_told_apart(each, end) for each in of_sick),
     )
+
+
+def _told_apart(answer: Answer, end: float) -> Answer:
+    return answer._replace(outcome="ok after it") if answer.outcome == "ok" and answer.end > end else answer
 
 
 def _seconds(answers: Sequence[Answer], total: float, patience: float) -> Iterator[Second]:
@@ -407,10 +418,10 @@ def served_again(sick: Sequence[Answer], lifted: float) -> float | None:
 
 def recovered(sick: Sequence[Answer], lifted: float, total: float) -> float | None:
     """Seconds from the lift to the last request that was not answered right within a second; 0 without such."""
-    late = [each.due for each in sick if each.due >= lifted and (each.outcome != "ok" or each.latency > 1.0)]
+    late = [each.due for each in sick if each.due >= lifted and (each.outcome != "ok" or each.latency > IN_TIME)]
     if not late:
         return 0.0
-    return max(late) - lifted if max(late) < total - 1.0 else None
+    return max(late) - lifted if max(late) < total - IN_TIME else None
 
 
 def ask(row: Row, settings: Settings, progress: Callable[[str], None], only: Sequence[str] = ()) -> Answers:

@@ -33,7 +33,9 @@ async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
         if wire.is_http(line):
             await converse_http(line, reader, writer, since)
         elif line:
-            request = wire.parse(line.removesuffix(b"\n").removesuffix(b"\r")) if len(line) <= wire.LONGEST_LINE else None
+            request = (
+                wire.parse(line.removesuffix(b"\n").removesuffix(b"\r")) if len(line) <= wire.LONGEST_LINE else None
+            )
             writer.write(wire.line_reply(request, *await perform(request, since)))
             await drain(reader, writer)
     except (OSError, asyncio.TimeoutError, EOFError, asyncio.LimitOverrunError):
@@ -52,9 +54,7 @@ async def first_line(reader: asyncio.StreamReader) -> bytes:
         return await reader.readexactly(wire.LONGEST_LINE + 1)
 
 
-async def converse_http(
-    line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, since: float
-) -> None:
+async def converse_http(line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, since: float) -> None:
     """As many HTTP requests as the client has."""
     head = line
     while True:
