@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -130,20 +131,22 @@ def load_rows(path: Path = PEERS / "rows.toml") -> list[Row]:
 
 
 def install(rows: Iterable[Row], say: Callable[[str], None]) -> None:
-    """Install the toolchains of the rows that lack theirs. Needs root.
+    """Install the toolchains of the rows that lack theirs; packages of Debian need root.
 
     Args:
         rows: Which.
         say: Told each command before it is run.
 
     Raises:
-        RowError: apt-get or pip fails.
+        RowError: apt-get or pip fails, or there is no apt-get, or this is not root.
     """
     lacking = [row for row in rows if row.lacks() is not None]
     packages = sorted({package for row in lacking for package in row.packages})
     modules = sorted({module for row in lacking for module in row.pip})
     commands = []
     if packages:
+        if shutil.which("apt-get") is None or os.geteuid() != 0:
+            raise RowError(f"as root and with apt-get only; what is missing: {' '.join(packages)}")
         commands += [["apt-get", "-q", "update"]]
         commands += [["apt-get", "install", "-q", "-y", "--no-install-recommends", *packages]]
     if modules:
