@@ -130,7 +130,7 @@ def main(
 
 def _chosen(names: Sequence[str] | None) -> list[tuple[str, Row | None]]:
     """The rows in the order of the file; those of the original table that it does not have come with None."""
-    found: dict[str, Row | None] = {row.name: row for row in load_rows()}
+    found: dict[str, Row | None] = {row.name: row for row in load_rows() if row.table}
     for name in SEED:
         found.setdefault(name, None)
     if wrong := [name for name in names or () if name not in found]:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 needs_compiler = pytest.mark.skipif(
     shutil.which("cc") is None and shutil.which("gcc") is None, reason="the load generator needs a C compiler"
 )
-PYTHON_ROWS = ("eventlet", "python-threads", "python-asyncio", "gevent-hub", "gevent-threadpool")
+PYTHON_ROWS = (
+    *("eventlet", "python-threads", "python-asyncio", "gevent-hub", "gevent-threadpool"),
+    *("eventlet-tpool", "anyio"),
+)
 TINY = msgspec.structs.replace(
     questions.QUICK, slow=0.5, patience=10.0, closed_seconds=0.3, rate=50.0, lead=1.0, hang=2.0, after=1.5
 )

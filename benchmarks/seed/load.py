@@ -82,7 +82,7 @@ class Latencies(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         count: Requests.
         outcomes: How they ended.
-        p50_ms, p99_ms, max_ms: Percentiles.
+        p50_ms, p99_ms, p99_9_ms, max_ms: Percentiles.
         histogram: All of them, in microseconds: an HdrHistogram in its compressed base64 form.
     """
 
@@ -90,6 +90,7 @@ class Latencies(msgspec.Struct, frozen=True, kw_only=True):
     outcomes: dict[str, int]
     p50_ms: float
     p99_ms: float
+    p99_9_ms: float
     max_ms: float
     histogram: str
 
@@ -105,12 +106,13 @@ def latencies(answers: Sequence[Answer], patience: float) -> Latencies:
     for each in answers:
         seconds = each.latency if each.outcome == "ok" else max(patience, each.latency)
         histogram.record_value(max(1, round(seconds * 1e6)))
-    p50, p99 = (histogram.get_value_at_percentile(share) / 1000 for share in (50, 99))
+    p50, p99, p99_9 = (histogram.get_value_at_percentile(share) / 1000 for share in (50, 99, 99.9))
     return Latencies(
         count=len(answers),
         outcomes=outcomes(answers),
         p50_ms=p50,
         p99_ms=p99,
+        p99_9_ms=p99_9,
         max_ms=histogram.get_max_value() / 1000 if answers else 0.0,
         histogram=histogram.encode().decode("ascii"),
     )

@@ -18,6 +18,7 @@ import msgspec
 from .rows import REPOSITORY, Row, RowError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
 START_SECONDS = 40.0
@@ -43,8 +44,13 @@ class Usage(msgspec.Struct, frozen=True):
 class Peer:
     """The server of a row, in processes of its own."""
 
-    def __init__(self, row: Row, root: Path | None = None) -> None:
+    def __init__(self, row: Row, root: Path | None = None, disks: Sequence[str] = ()) -> None:
         """Start it and wait until it answers.
+
+        Args:
+            row: Which.
+            root: Directory from which it reads; without one it only sleeps.
+            disks: Names of the directories in it that are disks of their own.
 
         Raises:
             RowError: It does not.
@@ -54,6 +60,8 @@ class Peer:
         command = row.words(row.start, port=self.port)
         if root is not None:
             command += row.words(row.root, root=root)
+            for disk in disks:
+                command += row.words(row.disk, root=root, disk=disk)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop()
         try:
             self.process = subprocess.Popen(

@@ -149,10 +149,12 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Second(msgspec.Struct, frozen=True, array_like=True):
-    """A second of the healthy disk, for the plot: when it began, the p99 and how many right answers."""
+    """A second of the healthy disks, for plots: when it began, percentiles, and how many right answers."""
 
     at: float
+    p50_ms: float
     p99_ms: float
+    p99_9_ms: float
     ok: int
 
 
@@ -281,34 +283,48 @@ def _watched(peer: Peer, load: Callable[[Callable[[float], None]], Seen]) -> tup
     return seen, [msgspec.structs.replace(each, at=round(each.at - seen.start, 3)) for each in used]
 
 
-def hang(row: Row, settings: Settings, progress: Callable[[str], None]) -> Hang:
-    """Two disks, one of which stops answering for a while, and steady load on both."""
+def hang(
+    row: Row, settings: Settings, progress: Callable[[str], None], healthy_count: int = 1, sick_count: int = 1
+) -> Hang:
+    """Disks of which some stop answering for a while, and steady load on all.
+
+    Args:
+        row: Who serves them.
+        settings: How much load, and for how long.
+        progress: Told what is being done.
+        healthy_count, sick_count: How many disks.
+    """
     lead, ends = settings.lead, settings.lead + settings.hang
     total = ends + settings.after
     marks: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
-        root, disk = stack.enter_context(two_disks(settings.hang + 60))
-        peer = stack.enter_context(Peer(row, root))
-        stack.callback(_release, disk)  # before the server is stopped: its threads may be stuck
-        warm_up_disks(peer)
+        healthy_disks = [_disk_name("healthy", number) for number in range(healthy_count)]
+        sick_disks = [_disk_name("sick", number) for number in range(sick_count)]
+        root, faults = stack.enter_context(disks(healthy_disks, sick_disks, settings.hang + 60))
+        peer = stack.enter_context(Peer(row, root, [*sick_disks, *healthy_disks]))
+        stack.callback(_release, faults)  # before the server is stopped: its threads may be stuck
+        warm_up_disks(peer, [*sick_disks, *healthy_disks])
 
         def look(at: float) -> None:
             # The load begins a tenth of a second after its generator.
             if at >= lead + 0.1 and "hung" not in marks:
                 progress("the hang")
-                disk.hang("read")
+                for fault in faults:
+                    fault.hang("read")
                 marks["hung"] = time.monotonic()
             if at >= ends + 0.1 and "lifted" not in marks:
                 progress("after it")
                 used_at_the_end.append(peer.usage())
                 marks["lifted"] = time.monotonic()
-                disk.release()
+                for fault in faults:
+                    fault.release()
 
         used_at_the_end: list[Usage] = []
+        targets = [(SICK, name) for name in sick_disks] + [(HEALTHY, name) for name in healthy_disks]
         plan = sorted(
-            Planned((k + shift / 2) / settings.rate, tag, f"0,0,{name}/f{k % FILES}")
+            Planned((k + turn / len(targets)) / settings.rate, tag, f"0,0,{name}/f{k % FILES}")
             for k in range(round(total * settings.rate))
-            for shift, tag, name in ((0, HEALTHY, "healthy"), (1, SICK, "sick"))
+            for turn, (tag, name) in enumerate(targets)
         )
 
         def load(sample: Callable[[float], None]) -> Seen:
@@ -349,35 +365,45 @@ def hang(row: Row, settings: Settings, progress: Callable[[str], None]) -> Hang:
     )
 
 
+def _disk_name(kind: str, number: int) -> str:
+    return kind if number == 0 else f"{kind}{number + 1}"
+
+
 @contextlib.contextmanager
-def two_disks(max_stall: float) -> Iterator[tuple[Path, FaultFS]]:
-    """A directory with `sick`, a file system that can hang, and `healthy`, a plain directory; both have f0 to f7."""
+def disks(healthy: Sequence[str], sick: Sequence[str], max_stall: float) -> Iterator[tuple[Path, list[FaultFS]]]:
+    """A directory with a directory for each disk: plain ones, and file systems that can hang; all have f0 to f7."""
     with contextlib.ExitStack() as stack:
-        disk = stack.enter_context(FaultFS(max_stall=max_stall))
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seedtable-")))
-        for directory in (disk.backing, root / "healthy"):
+        faults = [stack.enter_context(FaultFS(max_stall=max_stall)) for _ in sick]
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="disks-")))
+        for directory in [each.backing for each in faults] + [root / name for name in healthy]:
             directory.mkdir(exist_ok=True)
             for k in range(FILES):
                 (directory / f"f{k}").write_bytes(bytes([k]) * FILE_BYTES)
-        (root / "sick").mkdir()
-        subprocess.run(["mount", "--bind", disk.root, root / "sick"], check=True)
-        stack.callback(lambda: subprocess.run(["umount", "--lazy", root / "sick"], check=True))
-        stack.callback(_release, disk)
-        yield root, disk
+        for name, fault in zip(sick, faults, strict=True):
+            (root / name).mkdir()
+            subprocess.run(["mount", "--bind", fault.root, root / name], check=True)
+            stack.callback(_unmount, root / name)
+        stack.callback(_release, faults)
+        yield root, faults
 
 
-def _release(disk: FaultFS) -> None:
-    with contextlib.suppress(ControlError):
-        disk.release()
+def _unmount(path: Path) -> None:
+    subprocess.run(["umount", "--lazy", path], check=True)
 
 
-def warm_up_disks(peer: Peer) -> None:
+def _release(faults: Sequence[FaultFS]) -> None:
+    for fault in faults:
+        with contextlib.suppress(ControlError):
+            fault.release()
+
+
+def warm_up_disks(peer: Peer, names: Sequence[str]) -> None:
     """A good answer of each disk, and a little load: what is not set up rightly is not measured."""
-    for name in (b"sick", b"healthy"):
-        reply = peer.ask(b"0,0," + name + b"/f0\n", 10.0)
+    for name in names:
+        reply = peer.ask(f"0,0,{name}/f0\n".encode(), 10.0)
         if not reply.startswith(b"0,"):
-            raise RuntimeError(f"it answers {reply!r} for a file of the {name.decode()} disk")
-        closed_loop(peer.port, "line", 4, 0.5, f"0,0,{name.decode()}/f0", lambda _: None)
+            raise RuntimeError(f"it answers {reply!r} for a file of the disk {name}")
+        closed_loop(peer.port, "line", 4, 0.5 / len(names), f"0,0,{name}/f0", lambda _: None)
     if not peer.ask(b"0,0,healthy/no_such_file\n", 10.0).startswith(b"5,"):
         raise RuntimeError("it does not answer 5 for a file that is not there: it does not read")
 
@@ -408,7 +434,7 @@ def _seconds(answers: Sequence[Answer], total: float, patience: float) -> Iterat
     for begin in range(int(total)):
         due = [each for each in answers if begin <= each.due < begin + 1]
         found = latencies(due, patience)
-        yield Second(begin, found.p99_ms, found.ok)
+        yield Second(begin, found.p50_ms, found.p99_ms, found.p99_9_ms, found.ok)
 
 
 def served_again(sick: Sequence[Answer], lifted: float) -> float | None:

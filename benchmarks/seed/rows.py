@@ -42,6 +42,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     version: list[str]
     keep_alive: bool
     root: tuple[str, ...] = ("--root", "{root}")
+    disk: list[str] = []
+    table: bool = True
     packages: list[str] = []
     pip: list[str] = []
     check: list[str] = []
