@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from hdrh.histogram import HdrHistogram
 
-from benchmarks import seedtable
+from benchmarks import growth, isolation, seedtable
 from benchmarks.seed import bad_input, load, process, questions, report, rows
 from tests.faults.injectors import FaultFS
 
@@ -249,3 +249,34 @@ def test_stop_ends_a_server_that_does_not_listen_to_sigterm(monkeypatch: pytest.
     peer.stop()
     assert not peer.alive()
     assert time.monotonic() - begin < 30
+
+
+@needs_compiler
+@pytest.mark.skipif(FaultFS.why_not() is not None, reason=f"FaultFS: {FaultFS.why_not()}")
+def test_isolation(tmp_path: Path) -> None:
+    """Several disks, several of which hang; every scenario is in the result."""
+    options = ["--rows", report.OURS, "--disks", "3", "--hung", "2", "--rate", "60", "--lead", "2", "--hang", "2"]
+    options += ["--after", "2", "--patience", "2", "--no-plot", "--output", str(tmp_path)]
+    done = CliRunner().invoke(isolation.main, options)
+    assert done.exit_code == 0, done.output
+    found = msgspec.json.decode((tmp_path / "isolation.json").read_bytes(), type=isolation.Report)
+    assert [(each.disks, each.hung, each.failure) for each in found.scenarios] == [(4, 1, None), (3, 2, None)]
+    for each in found.scenarios:
+        assert each.found is not None
+        assert each.found.phases[1].sick_got.get("ok", 0) < each.found.phases[1].sick.count / 2
+        assert each.found.phases[0].healthy.ok > 0
+
+
+@needs_compiler
+def test_growth(tmp_path: Path) -> None:
+    options = ["--rows", "diskread,python-threads", "--stuck", "20", "--disks", "2", "--connections", "20"]
+    done = CliRunner().invoke(growth.main, [*options, "--no-plot", "--output", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    found = msgspec.json.decode((tmp_path / "growth.json").read_bytes(), type=growth.Report)
+    assert [each.failure for each in found.points] == [None] * 5
+    for each in found.points:
+        if each.what == "stuck":
+            assert each.used is not None
+            assert each.used.threads > 20
+        if each.fast is not None:
+            assert each.fast.count == growth.RATE * growth.SECONDS
