@@ -157,9 +157,8 @@ def markdown(report: Report) -> str:
         "",
         "![Memory, threads and latency](growth.png)",
     ]
-    head = (
-        "row", "how many", "MiB idle", "MiB with them", "KiB each", "threads", "p50, ms", "p99, ms", "failed", "start, s",
-    )  # fmt: skip
+    head = ["row", "how many", "MiB idle", "MiB with them", "KiB each", "threads", "p50, ms", "p99, ms", "failed"]
+    head += ["start, s"]
     for what, title in titles.items():
         rows = [_line(each) for each in report.points if each.what == what]
         if rows:
@@ -211,7 +210,7 @@ def plot(report: Report, path: Path) -> None:
         figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
         for line, what in zip(axes, ("stuck", "connections"), strict=True):
             for axis, (title, value) in zip(line, ways, strict=True):
-                for name in dict.fromkeys(each.row for each in report.points):
+                for name in dict.fromkeys(each.row for each in report.points if each.used):
                     points = [each for each in report.points if each.row == name and each.what == what and each.used]
                     axis.plot([each.count for each in points], [value(each) for each in points], "o-", label=name)
                 axis.set_xscale("log")
