@@ -172,6 +172,25 @@ def test_hang_is_real() -> None:
     assert threads.threads_end > threads.threads_before + 30
 
 
+def test_builds_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(rows, "PEERS", tmp_path / "peers")
+    source = tmp_path / "peers" / "it" / "server.x"
+    source.parent.mkdir(parents=True)
+    source.write_text("one")
+    count = "import pathlib, sys; p = pathlib.Path('count'); p.write_text((p.read_text() if p.exists() else '') + 'x')"
+    it = rows.Row(
+        name="it", file="x", language="x", schedules="x", needs="{python}", keep_alive=True,
+        build=[["{python}", "-c", count], ["cp", "{source}/server.x", "{build}/server"]],
+        version=["{python}", "-V"], start=["{build}/server"],
+    )  # fmt: skip
+    for text, builds in (("one", "x"), ("one", "x"), ("two", "xx")):
+        source.write_text(text)
+        it.make()
+        assert (it.built / "count").read_text() == builds
+        assert (it.built / "server").read_text() == text
+
+
 def test_what_cannot_be_measured_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = {"language": "x", "schedules": "x", "needs": "{python}", "version": ["{python}", "-V"], "keep_alive": True}
     made = [

@@ -75,9 +75,10 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class Latencies(msgspec.Struct, frozen=True, kw_only=True):
-    """Latencies, in milliseconds, from when requests were due.
+    """Latencies, in milliseconds, from when requests were due, of all of them.
 
-    A request that failed counts as long as the client's patience: a server that refuses quickly is not a fast one.
+    A request that failed counts as long as the client's patience, where one is given: a server that refuses quickly is
+    not a fast one. Otherwise it counts until it was over.
 
     Attributes:
         count: Requests.
@@ -101,7 +102,7 @@ class Latencies(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def latencies(answers: Sequence[Answer], patience: float) -> Latencies:
-    """Summarise answers; `patience` is the client's timeout in seconds."""
+    """Summarise answers; failures count as `patience` seconds at least."""
     histogram = HdrHistogram(1, 3_600_000_000, 3)
     for each in answers:
         seconds = each.latency if each.outcome == "ok" else max(patience, each.latency)

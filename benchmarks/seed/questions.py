@@ -225,7 +225,7 @@ def beside(row: Row, settings: Settings, slow_count: int) -> Beside:
         raise RuntimeError("the slow read was over too soon: there was nothing to hold anybody up")
     return Beside(
         slow_count=slow_count,
-        fast=latencies(fast, settings.patience),
+        fast=latencies(fast, 0.0),  # failures are in its outcomes; what counts here is when each was over
         slow=outcomes(slow),
         problem=late or failed,
     )
@@ -247,7 +247,7 @@ def burst(row: Row, settings: Settings, count: int, milliseconds: int) -> Burst:
         count=count,
         seconds=milliseconds / 1000,
         wall=seen.elapsed,
-        answers=latencies(seen.answers, settings.patience),
+        answers=latencies(seen.answers, 0.0),
         memory_before=before.memory,
         memory_most=max(each.memory for each in used),
         threads_most=max(each.threads for each in used),

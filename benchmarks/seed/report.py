@@ -73,9 +73,10 @@ class Report(msgspec.Struct, kw_only=True):
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """A Markdown table; all columns but the first `left` are aligned to the right."""
-    lines = [head, ["---"] * left + ["--:"] * (len(head) - left), *rows]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, *, last_left: bool = False) -> list[str]:
+    """A Markdown table; all columns but the first `left`, and the last if that is said, are aligned to the right."""
+    aligned = ["---" if k < left or (last_left and k == len(head) - 1) else "--:" for k in range(len(head))]
+    lines = [head, aligned, *rows]
     return ["| " + " | ".join(each.replace("|", "\\|") for each in line) + " |" for line in lines]
 
 
@@ -151,7 +152,7 @@ def seed_table(report: Report) -> list[str]:
                 each.toolchain,
             ]
         )
-    return table(head, lines, left=2)
+    return table(head, lines, left=2, last_left=True)
 
 
 def verdict(answers: Answers) -> str:
