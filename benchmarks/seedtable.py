@@ -85,7 +85,7 @@ def main(
     bad_input                 what no good client would send
 
     Needs root and /dev/fuse for the hang. A row whose toolchain is missing says so in the result. Takes some half an
-    hour for all rows, some 5 minutes with --quick.
+    hour for all rows, 6 to 9 minutes with --quick.
 
     \b
     Examples:
