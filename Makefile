@@ -1,6 +1,7 @@
 # make demo   see it: virtual environment, install, demo
 # make test   the whole test-suite
 # make bench  the benchmarks, some 11 minutes; bench-gil, bench-hotpath, ... one of them
+# make seedtable  the table of the original experiment: ten languages beside diskread; as root, half an hour
 # make lint   what CI checks besides the tests
 # make sanitize  the extension under ASan and UBSan
 # make soak   a minute of disks that hang and recover at random
@@ -11,7 +12,7 @@ EXTENSION = setup.py pyproject.toml $(wildcard src/diskread/*.h src/diskread/*.p
 
 BENCHMARKS = gil hotpath coldread busyhub http_files
 
-.PHONY: demo test coverage bench $(BENCHMARKS:%=bench-%) lint sanitize soak clean prerequisites
+.PHONY: demo test coverage bench seedtable $(BENCHMARKS:%=bench-%) lint sanitize soak clean prerequisites
 
 demo: $(VENV)/.installed
 	$(RUN)diskread demo
@@ -27,6 +28,10 @@ bench: $(BENCHMARKS:%=bench-%)
 
 $(BENCHMARKS:%=bench-%): bench-%: $(VENV)/.installed-bench
 	$(RUN)python benchmarks/$*.py
+
+seedtable: $(VENV)/.installed-bench
+	$(RUN)python benchmarks/seedtable.py --install
+	$(RUN)python benchmarks/seedtable.py
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-lint
 	$(RUN)ruff format --check .
