@@ -943,3 +943,20 @@ def test_a_disk_costs_nothing_until_it_is_used(run_script: RunScript) -> None:
     result = run_script("import diskread\nfor n in range(10000): diskread.Disk(str(n), '/nowhere')\n")
     assert (result.returncode, result.stderr) == (0, "")
     assert time.monotonic() - started < 20
+
+
+def test_what_was_asked_before_a_disk_was_put_online_by_hand_says_nothing_of_it_afterwards(make_disk: MakeDisk) -> None:
+    disk = make_disk()
+    disk.read("small")
+    ask, tell = disk._make_probe()
+    disk.set_online()  # another device may have been mounted
+    ask.run()
+    tell()
+    assert disk._root_device is None
+    slow = gevent.spawn(disk.read, "small")
+    gevent.sleep(0)
+    disk.set_online()
+    assert slow.get(timeout=20) == SMALL
+    assert (disk._root_device, disk._root_fd) == (None, -1)
+    assert disk.read("small") == SMALL
+    assert disk._root_fd >= 0

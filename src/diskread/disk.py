@@ -251,6 +251,7 @@ class Disk:
         self._workers = Workers(name, self._limits, CLOCK, None if self._root is None else self._make_probe)
         self._root_fd = -1
         self._root_device: int | None = None
+        self._mounting = 0  # counts `set_online`: what was asked before says nothing about the disk of afterwards
         self._sample: bytes | None = None
         self._old_roots: list[int] = []
         self._users_of_root = 0
@@ -486,6 +487,7 @@ class Disk:
         Whatever device is at the root by then is the disk from now on. Never blocks.
         """
         self._root_device = None
+        self._mounting += 1
         self._inline.forget()
         self._let_root_go()
         self._workers.set_online()
@@ -611,9 +613,10 @@ class Disk:
             close_mode=close_mode,
         )
         self._users_of_root += 1
+        mounting = self._mounting
         first = _FirstVisit(job) if self._root_fd < 0 and self._inline.open_question else None
         self._run(first or job, ends, name, longest_wait=longest_wait, on_completed=self._root_unused)
-        if self._root_fd < 0 and not self._closed and job.step != Step.STEP_ROOT:
+        if self._root_fd < 0 and mounting == self._mounting and not self._closed and job.step != Step.STEP_ROOT:
             self._root_fd = (first or job).take_root()
             if self._root_fd >= 0:
                 self._root_device = job.root_device
@@ -627,9 +630,11 @@ class Disk:
         """What asks the device whether it answers, and what becomes of the answer."""
         assert self._root is not None
         call = _Call(partial(probe, self._root, self._root_device, self._sample))
-        return call, partial(self._probed, call)
+        return call, partial(self._probed, call, self._mounting)
 
-    def _probed(self, call: _Call) -> None:
+    def _probed(self, call: _Call, mounting: int) -> None:
+        if mounting != self._mounting:
+            return
         if isinstance(call.error, RootLost):
             self._lose_root(root_lost(call.error.errno or 0))
         elif isinstance(call.error, OSError) and call.error.errno not in OUT_OF_RESOURCES:

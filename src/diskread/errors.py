@@ -142,7 +142,10 @@ def root_lost(code: int) -> str:
         code: errno; ESTALE stands for a root that is on another device than before.
     """
     if code == errno.ESTALE:
-        return "its root directory is on another device than before: was the disk unmounted?"
+        return (
+            "its root directory is on another device than before: was the disk unmounted? "
+            "If this is the disk, put it online by hand"
+        )
     return f"its root directory cannot be opened: {os.strerror(code)}"
 
 
