@@ -57,8 +57,15 @@ def native_threads() -> set[str]:
     return set(os.listdir("/proc/self/task"))
 
 
+@pytest.fixture(scope="module")
+def nothing_to_collect() -> None:
+    """Collect what the tests of other modules have left to the garbage collector, before it does so in this one."""
+    gc.collect()
+    gevent.sleep(0.01)
+
+
 @pytest.fixture
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind(nothing_to_collect: None) -> Iterator[None]:
     """Fail a test after which a descriptor or a native thread stays behind."""
     watcher = gevent.get_hub().loop.async_()  # makes the loop open its own descriptors now
     watcher.start(lambda: None)
