@@ -7,6 +7,7 @@ thread (getrusage(2), RUSAGE_THREAD). So that is what tells a hub that was held 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import random
@@ -90,6 +91,23 @@ def tags_used_up(root: Path, count: int = 200) -> Iterator[None]:
         thread.join(60)
 
 
+@contextlib.contextmanager
+def kept_in_memory(path: Path) -> Iterator[None]:
+    """Have all of a file in the page cache, and keep the kernel from taking any of it back (mlock(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    descriptor = os.open(path, os.O_RDONLY)
+    size = os.fstat(descriptor).st_size
+    address = libc.mmap(None, ctypes.c_size_t(size), mmap.PROT_READ, mmap.MAP_SHARED, descriptor, ctypes.c_long(0))
+    os.close(descriptor)
+    assert address not in (None, ctypes.c_void_p(-1).value)
+    assert libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(size)) == 0, os.strerror(ctypes.get_errno())
+    try:
+        yield
+    finally:
+        assert libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size)) == 0
+
+
 def read_ahead_marker(path: Path) -> None:
     """Read the first quarter as other programs do: the kernel reads ahead, and leaves a marker where it goes on."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -108,7 +126,7 @@ def new_disk(root: Path) -> Disk:
 def test_markers_and_used_up_tags_do_not_hold_up_the_hub(dying: Dying, content: Path) -> None:
     expected = (content / "f0").read_bytes()
     whole = (content / "f1").read_bytes()
-    with new_disk(dying.root) as disk:
+    with kept_in_memory(dying.root / "f1"), new_disk(dying.root) as disk:
         assert disk.read("f1") == whole
         assert disk.read("f7") == (content / "f7").read_bytes()
         drop_cached(dying.root / "f0")
@@ -139,7 +157,7 @@ def test_markers_and_used_up_tags_do_not_hold_up_the_hub(dying: Dying, content: 
 
 def test_an_offline_disk_serves_what_is_cached(dying: Dying, content: Path) -> None:
     whole = (content / "f1").read_bytes()
-    with new_disk(dying.root) as disk:
+    with kept_in_memory(dying.root / "f1"), new_disk(dying.root) as disk:
         assert disk.read("f1") == whole
         dying.hang()
         drop_cached(dying.root / "f0")
