@@ -105,6 +105,10 @@ cdef extern from *:
     void name_thread "diskread_name_thread"() nogil
 
 
+# To wake a thread costs more than a cached read does, and the hub should not pay it for each: only one is woken at a time,
+# and wakes the next one, before it goes to the disk, if there is more to do. A thread that has finished takes the next
+# visit without a sleep. So, always: if the queue is not empty, all threads are at work, or one is being woken.
+#
 # What the threads share with the Engine. It belongs to all of them, because a thread that is stuck in the kernel cannot
 # be waited for: whoever leaves last frees it. Everything below `mutex` is touched only by whoever holds it.
 cdef struct Shared:
@@ -116,6 +120,8 @@ cdef struct Shared:
     pthread_cond_t wake
     int references          # threads, and the Engine
     int threads
+    int sleeping            # threads that wait for something in the queue
+    bint waking             # one of them has been woken and has not come yet
     int unfinished          # visits in the queue or in a thread
     bint closed
     Visit *queue            # first of a linked list (Visit.next), and its last
@@ -148,17 +154,29 @@ cdef void let_go(Shared *shared) noexcept nogil:
 cdef bint await_visit(Shared *shared) noexcept nogil:
     """Wait for something in the queue; False when the thread is to leave. The caller holds the mutex."""
     cdef timespec ends
+    cdef bint late
     if shared.queue != NULL:
         return True
     clock_gettime(CLOCK_MONOTONIC, &ends)  # cannot fail with a valid clock and pointer
     ends.tv_sec += (ends.tv_nsec + shared.idle_ns) // 1_000_000_000
     ends.tv_nsec = (ends.tv_nsec + shared.idle_ns) % 1_000_000_000
     while not shared.closed:
-        if pthread_cond_timedwait(&shared.wake, &shared.mutex, &ends) == ETIMEDOUT:
-            return shared.queue != NULL
+        shared.sleeping += 1
+        late = pthread_cond_timedwait(&shared.wake, &shared.mutex, &ends) == ETIMEDOUT
+        shared.sleeping -= 1
+        shared.waking = False  # whoever was meant: at worst one more is woken
         if shared.queue != NULL:
             return True
+        if late:
+            return False
     return False
+
+
+cdef void wake_one(Shared *shared) noexcept nogil:
+    """Have somebody come for what is in the queue. The caller holds the mutex."""
+    if shared.queue != NULL and shared.sleeping and not shared.waking:
+        shared.waking = True
+        pthread_cond_signal(&shared.wake)
 
 
 cdef void *work(void *argument) noexcept nogil:
@@ -171,6 +189,7 @@ cdef void *work(void *argument) noexcept nogil:
     while await_visit(shared):
         visit = shared.queue
         shared.queue = visit.next
+        wake_one(shared)
         pthread_mutex_unlock(&shared.mutex)
         visit_disk(visit)
         pthread_mutex_lock(&shared.mutex)
@@ -263,7 +282,7 @@ cdef class Engine:
             job.visit.owner = <PyObject *>job
             shared.unfinished += 1
             append(&shared.queue, &shared.queue_end, &job.visit)
-            pthread_cond_signal(&shared.wake)
+            wake_one(shared)
         pthread_mutex_unlock(&shared.mutex)
         if closed or error:
             job.unprepare()

@@ -6,11 +6,13 @@ thread, and all of it is called on the hub's thread.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gevent.event import Event
 from gevent.threadpool import ThreadPool
 
 from ._engine import Engine as NativeThreads
@@ -20,12 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import gevent.hub
-    from gevent.event import AsyncResult
 
     from .limits import Limits
 
-    Waiter = AsyncResult[None] | Event
-    """What a greenlet waits on for the end of a task."""
+    Completed = Callable[[], None]
 
 
 class Runnable(Protocol):
@@ -42,12 +42,12 @@ class Engine(Protocol):
     def threads(self) -> int:
         """Threads that are alive, idle ones included."""
 
-    def start(self, task: Runnable, completed: Callable[[], None]) -> Waiter:
+    def start(self, task: Runnable, completed: Completed) -> None:
         """Run a task in a thread. Never blocks.
 
         Args:
             task: What to run.
-            completed: Called in the hub when it is over, before any greenlet that waits for it; must not block.
+            completed: Called in the hub when it is over, with whatever result; must not block.
 
         Raises:
             RuntimeError: No thread can be started; nothing will be run.
@@ -80,22 +80,20 @@ class ThreadpoolEngine:
         """Threads that are alive, idle ones included."""
         return self.pool.size
 
-    def start(self, task: Runnable, completed: Callable[[], None]) -> Waiter:
+    def start(self, task: Runnable, completed: Completed) -> None:
         """See `Engine.start`."""
         if not self.pool.maxsize:  # something to close has turned up after the threads were let go
             self.pool = self._new_pool()
         if self.pool.size <= self._in_flight:
             # Before the task is in the pool's line, from where nobody can take it back if this fails.
             self.pool.size = self._in_flight + 1
-        result: AsyncResult[None] = self.pool.spawn(task.run)
+        result = self.pool.spawn(task.run)
         self._in_flight += 1
+        result.rawlink(partial(self._over, completed))
 
-        def over(_result: AsyncResult[None]) -> None:
-            self._in_flight -= 1
-            completed()
-
-        result.rawlink(over)
-        return result
+    def _over(self, completed: Completed, _result: object) -> None:
+        self._in_flight -= 1
+        completed()
 
     def dismiss(self) -> None:
         """See `Engine.dismiss`."""
@@ -118,7 +116,7 @@ class NativeEngine:
         self._hub = hub
         self._process = os.getpid()
         self._others = ThreadpoolEngine(limits, hub)
-        self._running: dict[Job, tuple[Callable[[], None], Event]] = {}
+        self._running: dict[Job, Completed] = {}
         self._native: NativeThreads | None = None
         self._watcher: Any = None  # gevent's watchers have no types
 
@@ -127,41 +125,16 @@ class NativeEngine:
         """Threads that are alive, idle ones included."""
         return self._others.threads + (self._native.threads if self._native is not None else 0)
 
-    def start(self, task: Runnable, completed: Callable[[], None]) -> Waiter:
+    def start(self, task: Runnable, completed: Completed) -> None:
         """See `Engine.start`."""
         if not isinstance(task, Job):
-            return self._others.start(task, completed)
-        if self._native is None:
-            self._native = NativeThreads(self._limits.threads, self._limits.idle)
-            self._watcher = self._hub.loop.io(self._native.fileno(), 1)  # 1: readable
-        self._native.submit(task)
-        if not self._running:
-            # Only while something is in flight: the watcher keeps the hub, and so the program, waiting for it.
-            self._watcher.start(self._collect)
-        over = Event()
-        self._running[task] = completed, over
-        return over
-
-    def _collect(self) -> None:
-        """Some jobs are over. Runs in the hub."""
-        if self._native is None or self._process != os.getpid():
-            self._forget()  # a forked child has inherited the watcher
+            self._others.start(task, completed)
             return
-        for job in self._native.completed():
-            completed, over = self._running.pop(job)
-            try:
-                completed()
-            except Exception:  # noqa: BLE001  # like gevent's own links: the others in the batch are not to suffer
-                self._hub.handle_error(self, *sys.exc_info())
-            over.set()
-        if not self._running and self._watcher is not None:
-            self._watcher.stop()
-
-    def _forget(self) -> None:
-        if self._watcher is not None:
-            self._watcher.stop()
-            self._watcher.close()
-        self._watcher = self._native = None
+        (self._native or self._begin()).submit(task)
+        if not self._running:
+            _BUSY.add(self)
+            self._watcher.ref = True
+        self._running[task] = completed
 
     def dismiss(self) -> None:
         """See `Engine.dismiss`."""
@@ -169,3 +142,58 @@ class NativeEngine:
         if self._native is not None and not self._running:
             self._native.close()
             self._forget()
+
+    def __del__(self) -> None:
+        """Stop watching, in the hub: finalizers run in any thread, and watchers are for the hub's alone."""
+        if self._native is not None and self._process == os.getpid():
+            with contextlib.suppress(ValueError):  # the loop has gone before
+                self._hub.loop.run_callback_threadsafe(_stop, self._watcher, self._native)
+
+    def _begin(self) -> NativeThreads:
+        self._native = NativeThreads(self._limits.threads, self._limits.idle)
+        self._watcher = self._hub.loop.io(self._native.fileno(), _READABLE, ref=False)
+        self._watcher.start(_look, weakref.ref(self))
+        return self._native
+
+    def _collect(self) -> None:
+        """Some jobs are over. Runs in the hub."""
+        if self._native is None:
+            return
+        if self._process != os.getpid():  # a forked child has inherited the watcher
+            self._forget()
+            return
+        for job in self._native.completed():
+            try:
+                self._running.pop(job)()
+            except Exception:  # noqa: BLE001  # like gevent's own links: the others in the batch are not to suffer
+                self._hub.handle_error(self, *sys.exc_info())
+        if not self._running:
+            _BUSY.discard(self)
+            if self._watcher is not None:
+                self._watcher.ref = False
+
+    def _forget(self) -> None:
+        _BUSY.discard(self)
+        if self._native is not None:
+            _stop(self._watcher, self._native)
+        self._watcher = self._native = None
+
+
+_READABLE = 1
+"""The event of an io watcher of gevent that its descriptor can be read."""
+
+_BUSY: set[NativeEngine] = set()
+"""Engines with jobs under way. The loop keeps none alive, so that a disk that nobody uses any more can go; but what is
+under way has to be collected, and the program has to wait for it."""
+
+
+def _look(reference: weakref.ref[NativeEngine]) -> None:
+    engine = reference()
+    if engine is not None:
+        engine._collect()
+
+
+def _stop(watcher: Any, _native: NativeThreads) -> None:
+    """Stop watching what belongs to `_native`, whose descriptor must not be closed before."""
+    watcher.stop()
+    watcher.close()

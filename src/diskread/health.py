@@ -101,6 +101,7 @@ class Health:
         self._next_probe = now
         self._since = now
         self._state = State.ONLINE
+        self._well_until = -math.inf
         self.changes = 0
 
     # -- events ------------------------------------------------------------------------------------------------------
@@ -127,6 +128,7 @@ class Health:
             now: The time.
         """
         if operation in self._in_flight:
+            self._well_until = -math.inf
             self._abandoned[operation] = asked
             self._update(now)
 
@@ -186,6 +188,10 @@ class Health:
 
     # -- verdict -----------------------------------------------------------------------------------------------------
 
+    def well(self, now: float) -> bool:
+        """Whether the disk is ONLINE and nobody has any reason to doubt it: the common case, and cheap to ask."""
+        return now < self._well_until
+
     def state(self, now: float) -> State:
         """The verdict."""
         self._update(now)
@@ -203,6 +209,8 @@ class Health:
 
     def admit(self, now: float) -> Refusal | None:
         """Whether a new request may go to the disk: None, or why not. Always at once."""
+        if now < self._well_until:
+            return None
         self._update(now)
         if self._reason is not None:
             text = f"offline for {now - self._since:.0f} s: {self._reason}"
@@ -278,6 +286,8 @@ class Health:
             self._progress = max(self._progress, min(latest, now))
 
     def _update(self, now: float) -> None:
+        if now < self._well_until:
+            return
         if self._reason is None:
             self._note_partial_progress(now)
         if self._reason is None and now >= self._stalled_at():
@@ -291,6 +301,11 @@ class Health:
         if state is not self._state:
             self._state, self._since = state, now
             self.changes += 1
+        if state is State.ONLINE and not self._abandoned:
+            # Until half of `offline_after` has passed without progress, time changes nothing. What starts or completes
+            # meanwhile can only put that off; whatever can bring a change about ends this (`abandoned`, `_refuse`).
+            half = self._limits.offline_after / 2
+            self._well_until = math.inf if half == math.inf else min(self._stalled_at() - half, now + half)
 
     def _probe_time(self) -> float:
         if self._by_hand:
@@ -312,11 +327,13 @@ class Health:
 
     def _refuse(self, reason: str, now: float) -> None:
         """Go OFFLINE, and send the first probe at once."""
+        self._well_until = -math.inf
         self._reason, self._half_open, self._trial = reason, False, None
         self._interval, self._next_probe = self._limits.probe_interval, now
 
     def _admit_again(self, now: float, *, half_open: bool) -> None:
         """Leave OFFLINE."""
+        self._well_until = -math.inf
         self._reason, self._half_open, self._trial = None, half_open, None
         self._missing = self._awaited = self._by_hand = False
         self._interval, self._next_probe = self._limits.probe_interval, now

@@ -43,6 +43,11 @@ class Monitor:
         self._due = math.inf
         self._set(health.next_event(clock()))
 
+    @property
+    def due(self) -> float:
+        """When the next look is due."""
+        return self._due
+
     def expect(self, time: float) -> None:
         """Something may happen at that time: look then, if no look is due before. Never blocks."""
         if time < self._due:

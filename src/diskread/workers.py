@@ -23,20 +23,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import gevent
+from gevent.hub import Waiter
 
 from ._syscalls import Job
+from .alarm import Alarm
 from .engines import new_engine
-from .errors import DiskBusy, DiskOffline, DiskTimeout
+from .errors import DiskBusy, DiskError, DiskOffline, DiskTimeout
 from .health import Health, Refusal, State
 from .latency import Latency
 from .monitor import Monitor
-from .slots import SentAway, Slots
+from .slots import Slots
 from .slow_log import SlowLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .engines import Waiter
     from .health import Kind
     from .limits import Limits
 
@@ -110,9 +111,28 @@ class Load:
 
 
 class _Visit:
-    """One task on its way: what the hub knows of it."""
+    """One task on its way: what the hub knows of it.
 
-    __slots__ = ("abandoned", "asked", "completed", "kind", "logged", "on_completed", "path", "started", "task")
+    Attributes:
+        asked: When its caller asked for it.
+        started: When it got its slot and its thread; None before.
+        waiter: Wakes its caller: when it is over, or refused; None when nobody waits for it.
+        refused: Why it cannot start after all, having waited for a slot.
+    """
+
+    __slots__ = (
+        "abandoned",
+        "asked",
+        "completed",
+        "kind",
+        "logged",
+        "on_completed",
+        "path",
+        "refused",
+        "started",
+        "task",
+        "waiter",
+    )
 
     def __init__(
         self,
@@ -127,7 +147,9 @@ class _Visit:
         self.path = path
         self.asked = asked
         self.on_completed = on_completed
-        self.started = asked
+        self.started: float | None = None
+        self.waiter: Waiter[bool] | None = None
+        self.refused: DiskError | None = None
         self.abandoned = False
         self.completed = False
         self.logged = False
@@ -140,12 +162,16 @@ class _Crew:
         self.process = os.getpid()
         self.hub = gevent.get_hub()
         self.engine = new_engine(limits, self.hub)
-        self.slots = Slots(limits.threads)
+        self.alarm = Alarm(self.hub, clock)
+        self.slots: Slots[_Visit] = Slots(limits.threads)
         self.health = Health(limits, clock(), progress_of=_progress_of)
         self.monitor = Monitor(self.health, self.hub, clock, partial(look, self))
         self.probes = 0
-        self.verdict: tuple[State, str | None] = State.ONLINE, None
+        self.verdict: tuple[State, str | None] = _WELL
         self.to_close: deque[int] = deque()
+
+
+_WELL = (State.ONLINE, None)
 
 
 def _progress_of(visit: _Visit) -> float:
@@ -185,6 +211,9 @@ class Workers:
         self._make_probe = make_probe
         self.on_change: OnChange | None = None
         self._crew: _Crew | None = None
+        # What happens on a disk that is well makes nothing due any sooner than this: see `Health.next_event`.
+        after = limits.offline_after
+        self._soonest_event = math.inf if after == math.inf else min(after / 2, limits.idle_probe - after)
         self._closed = False
         self._log = SlowLog(name, limits.slow)
         self.queue_time = Latency()
@@ -220,20 +249,27 @@ class Workers:
         visit = _Visit(task, path, self._clock(), on_completed)
         try:
             crew = self._crew_here()
-            self._take_slot(crew, ends, longest_wait, path)
-            over = self._start(crew, visit)
+            visit.waiter = Waiter(crew.hub)
+            self._enter(crew, visit, ends, longest_wait)
         except BaseException:
             self._drop(visit)
             raise
         try:
-            over.wait(None if ends == math.inf else max(0.0, ends - self._clock()))
+            over = crew.alarm.wait(visit.waiter, ends if visit.started else min(ends, visit.asked + longest_wait))
+            if not over and visit.started and self._clock() < ends:  # it was the end of the longest wait for a slot
+                over = crew.alarm.wait(visit.waiter, ends)
         except BaseException:
-            self._abandon(crew, visit)
+            self._leave(crew, visit)
             raise
-        if not visit.completed:
-            self._abandon(crew, visit)
-            self._log_stuck(visit)
-            raise DiskTimeout(self._name, path, "missed its deadline: the disk has not answered", started=True)
+        if visit.completed:
+            return
+        self._leave(crew, visit)
+        if visit.refused is not None:
+            raise visit.refused
+        if visit.started is None:
+            raise DiskTimeout(self._name, path, "waited too long for a free slot; nothing was read", started=False)
+        self._log_stuck(visit)
+        raise DiskTimeout(self._name, path, "missed its deadline: the disk has not answered", started=True)
 
     def watch(self) -> None:
         """Send a first probe now; the disk is offline until it has answered. Never blocks."""
@@ -250,8 +286,9 @@ class Workers:
     def set_online(self) -> None:
         """Forget that the disk is offline, whoever said so. Never blocks."""
         crew = self._crew_here()
-        crew.health.set_online(self._clock())
-        self._expect_next_event(crew)
+        now = self._clock()
+        crew.health.set_online(now)
+        self._expect_next_event(crew, now)
 
     def root_lost(self, reason: str) -> None:
         """The disk's root directory cannot be opened: take it offline until a probe finds it. Never blocks."""
@@ -332,35 +369,31 @@ class Workers:
             )
         return crew
 
-    def _take_slot(self, crew: _Crew, ends: float, longest_wait: float, path: bytes | None) -> None:
+    def _enter(self, crew: _Crew, visit: _Visit, ends: float, longest_wait: float) -> None:
+        """Start a visit, or put it in line for a slot."""
+        now, path = visit.asked, visit.path
         if self._closed:
             raise RuntimeError(f"{self._name}: the disk was closed")
         if gevent.getcurrent() is crew.hub:
             raise RuntimeError(f"{self._name}: the hub itself must not wait for a disk; spawn a greenlet")
-        refusal = crew.health.admit(self._clock())
+        refusal = crew.health.admit(now)
         if refusal is not None:
             raise self._refuse(refusal, path)
-        remaining = ends - self._clock()
-        if remaining > 0 and crew.slots.take():
-            return
-        if crew.slots.waiting >= self._limits.queue:
+        if ends > now and crew.slots.take():
+            try:
+                self._start(crew, visit)
+            except DiskBusy:
+                self._pass_on_slot(crew)
+                raise
+        elif crew.slots.waiting >= self._limits.queue:
             raise DiskBusy(
                 self._name,
                 path,
                 f"all {self._limits.threads} slots are taken and {crew.slots.waiting} reads wait for one already",
             )
-        timeout = min(remaining, longest_wait)
-        try:
-            granted = timeout > 0 and crew.slots.wait(None if timeout == math.inf else timeout)
-        except SentAway:  # even if the disk is back by now: it was offline
-            refusal = Refusal(True, "went offline while this read waited for a slot", self._limits.probe_interval)
-            raise self._refuse(crew.health.admit(self._clock()) or refusal, path) from None
-        refusal = crew.health.admit(self._clock())
-        if refusal is not None and refusal.offline:  # the verdict came while we waited
-            if granted:
-                crew.slots.release()
-            raise self._refuse(refusal, path)
-        if not granted:
+        elif min(ends - now, longest_wait) > 0:
+            crew.slots.wait(visit)
+        else:
             raise DiskTimeout(self._name, path, "waited too long for a free slot; nothing was read", started=False)
 
     def _refuse(self, refusal: Refusal, path: bytes | None) -> DiskOffline | DiskBusy:
@@ -368,38 +401,75 @@ class Workers:
             return DiskBusy(self._name, path, refusal.reason)
         return DiskOffline(self._name, path, refusal.reason, retry_after=refusal.retry_after)
 
-    def _start(self, crew: _Crew, visit: _Visit) -> Waiter:
-        """Hand a visit to the engine. The caller holds a slot for it, and has lost it when this fails. Never blocks."""
+    def _start(self, crew: _Crew, visit: _Visit) -> None:
+        """Hand a visit that holds a slot to the engine. Never blocks.
+
+        Raises:
+            DiskBusy: No thread can be started; the slot is the caller's to give back.
+        """
         try:
-            over = crew.engine.start(visit.task, partial(self._completed, crew, visit))
+            crew.engine.start(visit.task, partial(self._completed, crew, visit))
         except RuntimeError as error:  # "can't start new thread"
-            crew.slots.release()
             raise DiskBusy(
                 self._name, visit.path, f"{error}: see the limits of the process (ulimit -u, the pids cgroup)"
             ) from error
-        visit.started = self._clock()
-        crew.health.started(visit, visit.started, visit.kind)
-        self._expect_next_event(crew)
-        return over
+        visit.started = now = self._clock()
+        crew.health.started(visit, now, visit.kind)
+        self._expect_next_event(crew, now)
+
+    def _pass_on_slot(self, crew: _Crew) -> None:
+        """Give a slot back: to a descriptor that waits for its close, before any reader; then to the first in line."""
+        if crew.to_close and self._close_next(crew):
+            return
+        while (visit := crew.slots.release()) is not None:
+            refusal = crew.health.admit(self._clock())
+            try:
+                if refusal is not None and refusal.offline:  # the verdict came while it waited
+                    raise self._refuse(refusal, visit.path)
+                self._start(crew, visit)
+                return
+            except (DiskBusy, DiskOffline) as error:
+                self._turn_away(crew, visit, error)
+
+    def _turn_away(self, crew: _Crew, visit: _Visit, error: DiskError) -> None:
+        """Tell a caller that what it waited for will not happen: soon, and not in the middle of what is being done."""
+        assert visit.waiter is not None
+        visit.refused = error
+        crew.hub.loop.run_callback(visit.waiter.switch, False)
+
+    def _empty_line(self, crew: _Crew, now: float) -> None:
+        """The disk is offline: nobody waits for it any more."""
+        for visit in crew.slots.send_away():
+            refusal = crew.health.admit(now)
+            assert refusal is not None
+            self._turn_away(crew, visit, self._refuse(refusal, visit.path))
 
     def _completed(self, crew: _Crew, visit: _Visit) -> None:
-        """The system call has returned. Runs in the hub, before any greenlet that waits for the visit."""
+        """The system call has returned. Runs in the hub; at its end the caller goes on, until it waits again."""
         now = self._clock()
         visit.completed = True
         crew.health.completed(visit, now)
         self._record(visit, now)
-        if crew.health.state(now) is State.OFFLINE:
-            crew.slots.send_away()
+        if not crew.health.well(now) and crew.health.state(now) is State.OFFLINE:
+            self._empty_line(crew, now)
         if visit.abandoned:
             self._keep_descriptor(crew, visit)
         if visit.on_completed is not None:
             visit.on_completed()
-        if crew.to_close:
-            self._close_next(crew)  # in the slot that has just become free, before any reader
+        self._pass_on_slot(crew)
+        self._expect_next_event(crew, now)
+        if self._closed:
+            self._dismiss_when_idle(crew)
+        if visit.waiter is not None:
+            visit.waiter.switch(True)
+
+    def _leave(self, crew: _Crew, visit: _Visit) -> None:
+        """The caller has given up, wherever its visit is."""
+        if visit.started is None:
+            crew.slots.leave(visit)
+            self._drop(visit)
         else:
-            crew.slots.release()
-        self._expect_next_event(crew)
-        self._dismiss_when_idle(crew)
+            self._abandon(crew, visit)
 
     def _abandon(self, crew: _Crew, visit: _Visit) -> None:
         """The caller has given up. What the task opened it closes by itself; if it is over already, we do."""
@@ -425,8 +495,6 @@ class Workers:
         self.close_descriptor(descriptor)
         crew = self._crew_of_process()
         if crew.hub.thread_ident == threading.get_ident():
-            # The caller may have been killed just after a slot was handed to it: nobody else looks after that slot.
-            self._close_waiting(crew)
             self._dismiss_when_idle(crew)
 
     def _keep_descriptor(self, crew: _Crew, visit: _Visit) -> None:
@@ -438,10 +506,11 @@ class Workers:
         """Start to close what waits for it, as far as there are free slots."""
         while crew.to_close and crew.slots.take():
             if not self._close_next(crew):
+                crew.slots.release()  # nobody waits for it, or there would have been none to take
                 return
 
     def _close_next(self, crew: _Crew) -> bool:
-        """Close the next descriptor in a slot that the caller holds; False, and the slot is free, if it cannot be."""
+        """Close the next descriptor in a slot that the caller holds, and keeps if this returns False."""
         closing = _Visit(Job(descriptor=crew.to_close.popleft()), None, self._clock(), None, "close")
         closing.abandoned = True  # nobody waits for it
         try:
@@ -464,23 +533,22 @@ class Workers:
             return
         now = self._clock()
         if crew.health.state(now) is State.OFFLINE:
-            crew.slots.send_away()
+            self._empty_line(crew, now)
         if crew.health.probe_due(now):
             self._send_probe(crew, now)
-        self._expect_next_event(crew)
+        self._expect_next_event(crew, now)
 
-    def _expect_next_event(self, crew: _Crew) -> None:
+    def _expect_next_event(self, crew: _Crew, now: float) -> None:
         """After every event: see whether it has changed the verdict, and when time may."""
-        self._tell_of_change(crew)
-        crew.monitor.expect(crew.health.next_event(self._clock()))
-
-    def _tell_of_change(self, crew: _Crew) -> None:
-        now = self._clock()
-        verdict = crew.health.state(now), crew.health.reason(now)
+        health = crew.health
+        if health.well(now) and crew.verdict is _WELL and crew.monitor.due <= now + self._soonest_event:
+            return  # as nearly always, there is nothing to see
+        verdict = health.state(now), health.reason(now)
         if verdict != crew.verdict:
-            crew.verdict = verdict
+            crew.verdict = _WELL if verdict == _WELL else verdict
             if self.on_change is not None:
                 crew.hub.loop.run_callback(self.on_change, *verdict)
+        crew.monitor.expect(health.next_event(now))
 
     def _send_probe(self, crew: _Crew, now: float) -> None:
         """Ask the device, in a slot like any other operation: one that hangs holds this slot, and no second is sent."""
@@ -493,6 +561,7 @@ class Workers:
         try:
             self._start(crew, probe)
         except DiskBusy:
+            crew.slots.release()  # nobody waits for it, or there would have been none to take
             crew.health.postpone_probe(now)
         else:
             crew.probes += 1
@@ -500,6 +569,7 @@ class Workers:
     def _record(self, visit: _Visit, now: float) -> None:
         """Count and log how long an operation took."""
         if visit.kind == "request":
+            assert visit.started is not None
             queue, disk = visit.started - visit.asked, visit.task.seconds
             self.queue_time.record(queue)
             self.disk_time.record(disk)
@@ -507,5 +577,6 @@ class Workers:
 
     def _log_stuck(self, visit: _Visit) -> None:
         now = self._clock()
+        assert visit.started is not None
         visit.logged = True
         self._log.stuck(visit.path, visit.task.size, visit.started - visit.asked, now - visit.started, now=now)
