@@ -272,17 +272,19 @@ cdef class CachedFile:
 
     Attributes:
         prefix: What was read of it from the beginning of the range; empty if nothing.
+        error: errno of what ended that before the end of the range (EAGAIN: it is not cached), 0 if nothing did.
     """
 
     cdef int _descriptor
     cdef Found _found
     cdef readonly bytes prefix
+    cdef readonly int error
 
     def __cinit__(self):
         self._descriptor = -1
 
     def take_descriptor(self):
-        """Hand the descriptor over to the caller, who closes it."""
+        """Hand the descriptor over to the caller, who closes it; -1 when the file was closed already."""
         descriptor, self._descriptor = self._descriptor, -1
         return descriptor
 
@@ -362,30 +364,62 @@ def read_path(int root_fd, path, Py_ssize_t offset, size, Py_ssize_t limit, Py_s
             tally.hit(count)
             return buffer
         tally.miss(count)
+    return new_file(fd, &found, shortened(buffer, count), error)
+
+
+cdef CachedFile new_file(int fd, Found *found, bytes prefix, int error):
     cdef CachedFile file = CachedFile()
-    no_read_ahead(fd)
+    if fd >= 0:
+        no_read_ahead(fd)
     file._descriptor = fd
-    file._found = found
-    file.prefix = shortened(buffer, count)
+    file._found = found[0]
+    file.prefix = prefix
+    file.error = error
     return file
 
 
-def open_path(int root_fd, path, int flags):
-    """Open a regular file from the dentry cache; a `CachedFile`, or errno as an int. Parameters as `read_path`."""
+def open_path(int root_fd, path, int flags, Py_ssize_t offset, Py_ssize_t size, Py_ssize_t limit, Py_ssize_t window,
+              Tally tally not None):
+    """Open a regular file from the dentry cache and read a first piece of it.
+
+    Args:
+        size: Bytes at most; 0 for none. A file that ends within a piece from its beginning is closed already, if all of
+            it is cached.
+        tally: Counts the piece, if there is one.
+        root_fd, path, flags, offset, limit, window: As `read_path` has them.
+
+    Returns:
+        A `CachedFile`, or errno as an int.
+    """
     cdef Found found
+    cdef Verdict verdict
     cdef int fd = -1, error
+    cdef int64_t wanted, count
+    cdef bytes buffer = b""
+    verdict.until_ns = 0
     name = encoded(path)
-    if name is None:
+    if name is None or offset < 0 or size < 0 or size > INT64_MAX - offset:
         return NOT_HERE
     error = open_regular(root_fd, PyBytes_AS_STRING(name), flags, &fd, &found)
     if error:
         return error
-    cdef CachedFile file = CachedFile()
-    no_read_ahead(fd)
-    file._descriptor = fd
-    file._found = found
-    file.prefix = b""
-    return file
+    wanted = found.size - offset
+    if wanted > size:
+        wanted = size
+    if wanted > limit:
+        wanted = limit
+    if wanted > 0:
+        buffer = PyBytes_FromStringAndSize(NULL, wanted)
+        count = read_pieces(fd, PyBytes_AS_STRING(buffer), offset, wanted, found.size, window, &verdict, &error)
+        if count < wanted:
+            tally.miss(count)
+            buffer = shortened(buffer, count)
+        else:
+            tally.hit(count)
+            if offset == 0 and count == found.size:
+                c_close(fd)
+                fd = -1
+    return new_file(fd, &found, buffer, error)
 
 
 @cython.final

@@ -376,7 +376,7 @@ class Disk:
             DiskError: As the class says.
         """
         ends = self._ends(deadline)
-        found = self._open_cached(path)
+        found = self._open_cached(path, 0, 0)
         if found is not None:
             self._inline.opened()
             return FileStat(*found.stat)
@@ -527,7 +527,7 @@ class Disk:
         self, path: Path, ends: float, offset: int, size: int, stall: float, longest_wait: float = math.inf
     ) -> DiskFile:
         if not stall:
-            found = self._open_cached(path)
+            found = self._open_cached(path, offset, size)
             if found is not None:
                 return self._cached_file(found, path, offset, size, ends)
         job = self._visit_path(
@@ -553,11 +553,14 @@ class Disk:
 
     # -- what the page cache has -------------------------------------------------------------------------------------
 
-    def _open_cached(self, path: Path) -> CachedFile | None:
+    def _open_cached(self, path: Path, offset: int, size: int) -> CachedFile | None:
         inline = self._inline
         if not inline.on or self._root_fd < 0 or self._closed:
             return None
-        found = open_path(self._root_fd, path, inline.flags)
+        try:
+            found = open_path(self._root_fd, path, inline.flags, offset, size, LIMIT, inline.window, inline.tally)
+        except (OverflowError, TypeError):
+            return None  # the slow way says what is wrong
         if isinstance(found, CachedFile):
             return found
         inline.failed(found)
@@ -565,17 +568,18 @@ class Disk:
 
     def _cached_file(self, found: CachedFile, path: Path, offset: int, size: int, ends: float) -> DiskFile:
         """A file that was opened on the hub, and the first piece of it, wherever that is."""
-        stat, name = FileStat(*found.stat), os.fsencode(path)
-        offset, size = index(offset), index(size)
-        _check_range(offset, size)
-        file = DiskFile(self, name, stat, found.take_descriptor(), offset, b"", CLOCK())
-        wanted = max(0, min(size, stat.size - offset))
-        if wanted:
-            try:
-                file._keep_first(offset, file._read(offset, wanted, ends))
-            except BaseException:
-                file.close()
-                raise
+        stat, name, prefix = FileStat(*found.stat), os.fsencode(path), found.prefix
+        file = DiskFile(self, name, stat, found.take_descriptor(), offset, prefix, CLOCK(), noatime=True)
+        wanted = min(size, stat.size - offset)
+        try:
+            if len(prefix) < wanted:
+                tried = (prefix, found.error) if found.error else prefix
+                file._keep_first(offset, file._read(offset, wanted, ends, tried))
+            elif self._inline.tally.due:
+                _give_way(self._inline.tally)
+        except BaseException:
+            file.close()
+            raise
         return file
 
     def _read_rest(self, found: CachedFile, path: Path, offset: int, size: int | None, ends: float) -> bytes:
@@ -735,7 +739,16 @@ class DiskFile:
     """
 
     def __init__(
-        self, disk: Disk, path: bytes, stat: FileStat, descriptor: int, offset: int, first: bytes, started: float
+        self,
+        disk: Disk,
+        path: bytes,
+        stat: FileStat,
+        descriptor: int,
+        offset: int,
+        first: bytes,
+        started: float,
+        *,
+        noatime: bool = False,
     ) -> None:
         """For `Disk.open` only.
 
@@ -747,6 +760,7 @@ class DiskFile:
             offset: Where `first` begins.
             first: The first piece.
             started: When the visit that opened it began.
+            noatime: Whether it was opened so that reads leave the access time alone.
         """
         self._disk = disk
         self._path = path
@@ -762,15 +776,15 @@ class DiskFile:
         self._closed = False
         self._inline = disk._inline
         self._tally = disk._inline.tally
-        self._reader = self._new_reader()
+        self._reader = self._new_reader(noatime)
         self._may_close_inline = self._reader is not None
 
-    def _new_reader(self) -> CachedReader | None:
+    def _new_reader(self, noatime: bool) -> CachedReader | None:
         """What reads inline, if anything may. Reads must leave the access time alone: updates wait for the journal."""
         inline = self._inline
         if not inline.on or self._descriptor < 0:
             return None
-        if inline.flags:
+        if inline.flags and not noatime:
             try:
                 fcntl.fcntl(self._descriptor, fcntl.F_SETFL, inline.flags)
             except OSError as error:  # EPERM: somebody else's file
