@@ -429,52 +429,56 @@ cdef class CachedReader:
     Args:
         descriptor: The descriptor.
         file_size: Size of the file as far as it is known. Of one that has become shorter no more pages are cached.
-        window: See `read_path`.
+        limit, window: See `read_path`.
         tally: Counts what is read.
     """
 
     cdef int _descriptor
     cdef int64_t _file_size
+    cdef int64_t _limit
     cdef int64_t _window
     cdef Verdict _verdict
     cdef Tally _tally
 
-    def __cinit__(self, int descriptor, int64_t file_size, int64_t window, Tally tally not None):
-        self._descriptor, self._file_size, self._window, self._tally = descriptor, file_size, window, tally
+    def __cinit__(self, int descriptor, int64_t file_size, int64_t limit, int64_t window, Tally tally not None):
+        self._descriptor, self._file_size, self._limit, self._window = descriptor, file_size, limit, window
+        self._tally = tally
 
-    def read(self, Py_ssize_t offset, Py_ssize_t size):
+    def read(self, Py_ssize_t offset=0, size=None):
         """Read a range. Microseconds; never waits for the device.
 
         Args:
             offset: First byte.
-            size: Bytes at most.
+            size: Bytes at most; None for all that the file had when it was opened.
 
         Returns:
             The bytes, when they go to the end of the range or of the file. Else (bytes, errno): what was read before
-            something was not cached (EAGAIN), or something else was in the way.
+            something was not cached (EAGAIN), or something else was in the way; 0 when nothing was, but others should
+            have their turn now (`Tally.due`). None when nothing was tried: the range is no range, or beyond the limit.
         """
         cdef Found found
         cdef int error = 0
         cdef int64_t count, file_size = self._file_size
         cdef bytes buffer
-        if offset < 0 or size < 0 or size > INT64_MAX - offset:
-            return b"", NOT_HERE
-        if size > file_size - offset:
+        cdef int64_t wanted = file_size - offset if size is None else <Py_ssize_t>size
+        if offset < 0 or wanted < 0 or wanted > self._limit or wanted > INT64_MAX - offset:
+            return None
+        if wanted > file_size - offset:
             if stat_file(self._descriptor, &found.mode, &found.device, &found.inode, &found.size, &found.mtime_sec,
                          &found.mtime_nsec, &found.links) != 0:
                 return b"", errno
             file_size = found.size
-            if size > file_size - offset:
-                size = file_size - offset
-        if size <= 0:
+            if wanted > file_size - offset:
+                wanted = file_size - offset
+        if wanted <= 0:
             self._tally.hit(0)
             return b""
-        buffer = PyBytes_FromStringAndSize(NULL, size)
-        count = read_pieces(self._descriptor, PyBytes_AS_STRING(buffer), offset, size, file_size, self._window,
+        buffer = PyBytes_FromStringAndSize(NULL, wanted)
+        count = read_pieces(self._descriptor, PyBytes_AS_STRING(buffer), offset, wanted, file_size, self._window,
                             &self._verdict, &error)
-        if count == size:
+        if count == wanted:
             self._tally.hit(count)
-            return buffer
+            return (buffer, 0) if self._tally.due else buffer
         self._tally.miss(count)
         return shortened(buffer, count), error
 

@@ -765,7 +765,6 @@ class DiskFile:
         self._disk = disk
         self._path = path
         self._stat = stat
-        self._size = stat.size
         self.started = started
         self._first_offset = offset
         self._first = first
@@ -790,7 +789,7 @@ class DiskFile:
             except OSError as error:  # EPERM: somebody else's file
                 inline.failed(error.errno or 0)
                 return None
-        return CachedReader(self._descriptor, self._size, inline.window, inline.tally)
+        return CachedReader(self._descriptor, self._stat.size, LIMIT, inline.window, inline.tally)
 
     def _keep_first(self, offset: int, data: bytes) -> None:
         """Keep a piece of the file for whoever asks for it again; all of it makes the descriptor superfluous."""
@@ -816,21 +815,17 @@ class DiskFile:
             DiskError: As `Disk` says.
             ValueError: A negative number, or the file was closed.
         """
-        found = None
-        if self._reader is not None and deadline is None:
+        found, reader = None, self._reader
+        if reader is not None and deadline is None:
             try:
-                wanted = self._size - offset if size is None else size
-                if wanted <= LIMIT and not (self._first and self._has_first(offset, wanted)):
-                    found = self._reader.read(offset, wanted)
-                    if type(found) is bytes:
-                        if self._tally.due:
-                            _give_way(self._tally)
-                        return found
+                found = reader.read(offset, size)
+                if type(found) is bytes:
+                    return found
             except (OverflowError, TypeError):
                 pass  # the slow way says what is wrong
         ends = self._disk._ends(deadline)
         offset = index(offset)
-        return self._read(offset, max(0, self._size - offset) if size is None else index(size), ends, found)
+        return self._read(offset, max(0, self._stat.size - offset) if size is None else index(size), ends, found)
 
     def chunks(
         self, start: int = 0, stop: int | None = None, *, deadline: float | None = None
@@ -913,14 +908,14 @@ class DiskFile:
         while True:
             wanted = min(size, LIMIT)
             found, tried = reader.read(offset, wanted) if tried is None else tried, None
-            data, error = (found, 0) if isinstance(found, bytes) else found
+            data, error = _data_and_error(found)
             pieces.append(data)
             offset, size = offset + len(data), size - len(data)
-            if error or len(data) < wanted or not size:
-                break
             if self._tally.due:
                 _give_way(self._tally)
                 self._check_open()
+            if error or len(data) < wanted or not size:
+                break
         if error:
             pieces.append(self._read_in_worker(offset, size, ends))
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -940,9 +935,6 @@ class DiskFile:
         self._quick = job.quick
         self._disk._check(job, self._path)
         return self._disk._take(job)
-
-    def _has_first(self, offset: int, size: int) -> bool:
-        return self._first_offset <= offset <= offset + size <= self._first_offset + len(self._first)
 
     def _from_first(self, offset: int, size: int) -> bytes | None:
         """The range, when the visit that opened the file has brought all of it, else None."""
@@ -991,10 +983,10 @@ class DiskFile:
         """The next chunk, if no greenlet is needed to wait for it; else what was tried."""
         if self._reader is None:
             return None
-        found = self._reader.read(offset, size)
+        data, error = _data_and_error(self._reader.read(offset, size))
         if self._tally.due:
             _give_way(self._tally)
-        return found
+        return (data, error) if error else data
 
     def _attempt(
         self, offset: int, size: int, ends: float, tried: bytes | tuple[bytes, int] | None = None
@@ -1019,6 +1011,13 @@ class DiskFile:
                 os.close(descriptor)  # which never waits for the device where reads may be inline
             else:
                 self._disk._workers.close_descriptor(descriptor)
+
+
+def _data_and_error(found: bytes | tuple[bytes, int] | None) -> tuple[bytes, int]:
+    """What `CachedReader.read` has returned, and the errno of what ended it before the end of the range, or 0."""
+    if found is None:
+        return b"", errno.EAGAIN
+    return (found, 0) if isinstance(found, bytes) else found
 
 
 def _check_range(offset: int, size: int) -> None:
