@@ -182,15 +182,18 @@ cdef int is_cached(int fd, int64_t offset, int64_t size, int64_t file_size, int6
     be read within the window (mm/readahead.c, page_cache_async_ra; seen on Linux 6.18).
     """
     cdef int64_t stop = offset + size
-    cdef int64_t now = now_ns()
-    cdef int result
-    if stop < file_size:
-        stop = file_size if window > file_size - stop else stop + window
-    if now < verdict.until_ns and offset >= verdict.start and stop <= verdict.stop:
-        return all_cached(fd, offset, size)  # the range itself is asked for each time: it costs little
-    result = all_cached(fd, offset, stop - offset)
+    cdef int64_t end = file_size if window > file_size - stop else stop + window
+    cdef int64_t now
+    # The range itself is asked for each time, and first: it is small, and a miss should cost little.
+    cdef int result = all_cached(fd, offset, size)
+    if result != 1 or end <= stop:
+        return result
+    now = now_ns()
+    if now < verdict.until_ns and offset >= verdict.start and end <= verdict.stop:
+        return 1
+    result = all_cached(fd, stop, end - stop)
     if result == 1:
-        verdict.start, verdict.stop, verdict.until_ns = offset, stop, now + VERDICT_NS
+        verdict.start, verdict.stop, verdict.until_ns = offset, end, now + VERDICT_NS
     return result
 
 
