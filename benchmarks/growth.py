@@ -24,7 +24,7 @@ if not __package__:  # run as a script: its own directory is on the path, the on
 from benchmarks.machine import Machine, describe, load_average
 from benchmarks.seed.load import Latencies, Planned, build_generator, latencies, open_loop
 from benchmarks.seed.process import Peer, Usage
-from benchmarks.seed.report import OURS, table
+from benchmarks.seed.report import OURS, OURS_NATIVE, table
 from benchmarks.seed.rows import Row, RowError, load_rows
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAME = "growth"
-WAYS = (OURS, "c", "python-threads")
+WAYS = (OURS, OURS_NATIVE, "c", "python-threads")
 
 FAST, STUCK = 0, 1
 STUCK_MS = 5000

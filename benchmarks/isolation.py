@@ -23,7 +23,7 @@ if not __package__:  # run as a script: its own directory is on the path, the on
 from benchmarks.machine import Machine, describe, load_average
 from benchmarks.seed.load import build_generator
 from benchmarks.seed.questions import Hang, Settings, hang
-from benchmarks.seed.report import OURS, table
+from benchmarks.seed.report import OURS, OURS_NATIVE, table
 from benchmarks.seed.rows import Row, RowError, load_rows
 from tests.faults.injectors import FaultFS
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAME = "isolation"
-WAYS = (OURS, "gevent-threadpool", "eventlet-tpool", "anyio", "python-threads")
+WAYS = (OURS, OURS_NATIVE, "gevent-threadpool", "eventlet-tpool", "anyio", "python-threads")
 """Rows of peers/rows.toml: ways to schedule a blocking read that do not stop the server at the first one."""
 
 
@@ -75,7 +75,8 @@ class Report(msgspec.Struct, kw_only=True):
 
 def plan(rows: Sequence[str], disks: Sequence[int], hung: Sequence[int]) -> list[tuple[str, int, int]]:
     """The runs: every row with four disks and one that hangs; then, for diskread, every number of disks and of hung."""
-    sweep = [(OURS, n, k) for n in disks for k in hung if k < n and (n, k) != (4, 1)] if OURS in rows else []
+    ours = [name for name in (OURS, OURS_NATIVE) if name in rows]
+    sweep = [(name, n, k) for name in ours for n in disks for k in hung if k < n and (n, k) != (4, 1)]
     return [(name, 4, 1) for name in rows] + sweep
 
 
@@ -222,7 +223,7 @@ def main(
 
     \b
     Examples:
-      sudo python benchmarks/isolation.py                                  # a quarter of an hour
+      sudo python benchmarks/isolation.py                                  # half an hour
       sudo python benchmarks/isolation.py --lead 3 --hang 5 --after 3 --disks 4,8 --hung 1 --output /tmp/isolation
     """
     console = Console(stderr=True)

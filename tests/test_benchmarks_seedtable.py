@@ -123,13 +123,13 @@ def test_recovery_counts_from_the_lift() -> None:
 def test_rows_of_the_file() -> None:
     names = [each.name for each in rows.load_rows()]
     assert len(set(names)) == len(names)
-    assert {report.OURS, *PYTHON_ROWS} <= set(names)
+    assert {report.OURS, report.OURS_NATIVE, *PYTHON_ROWS} <= set(names)
     for each in rows.load_rows():
-        assert each.name == report.OURS or any(each.source.iterdir())
+        assert each.name in (report.OURS, report.OURS_NATIVE) or any(each.source.iterdir())
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", [report.OURS, *PYTHON_ROWS])
+@pytest.mark.parametrize("name", [report.OURS, report.OURS_NATIVE, *PYTHON_ROWS])
 def test_bad_input_is_answered_and_survived(name: str) -> None:
     found = bad_input.ask_bad_input(row(name), late=False, progress=lambda _: None)
     assert (found.wrong, found.fatal) == ({}, [])

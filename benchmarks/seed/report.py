@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SEED = ("c", "d", "csharp", "java", "scala", "nim", "jython", "go", "eventlet", "rust")
 """The ten rows of the original table."""
 
-OURS = "diskread"
+OURS, OURS_NATIVE = "diskread", "diskread-native"
 BEGIN, END = "<!-- seedtable -->", "<!-- /seedtable -->"
 NONE = "-"
 
@@ -396,7 +396,7 @@ def plot(report: Report, directory: Path) -> None:
     measured = [(each, each.answers.hang) for each in report.results if each.answers.hang is not None]
     if not measured:
         return
-    measured.sort(key=lambda pair: pair[0].name != OURS)
+    measured.sort(key=lambda pair: pair[0].name not in (OURS, OURS_NATIVE))
     style: dict[Any, Any] = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
     style |= {"axes.spines.top": False, "axes.spines.right": False}
     with mpl.rc_context(style):
@@ -450,4 +450,4 @@ def _plot_row(axis: Any, name: str, hang: Hang) -> None:
 
 
 def _color(name: str) -> str:
-    return "tab:blue" if name == OURS else "tab:orange"
+    return "tab:blue" if name in (OURS, OURS_NATIVE) else "tab:orange"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -170,7 +171,10 @@ def make_disks(config: ServerConfig) -> Disks:
         Disk(name, disk.root, limits_of(disk, ["disk", name], config.limits)) for name, disk in config.disk.items()
     ]
     if config.stalls:
-        disks.append(Disk(SIMULATED, None, SIMULATED_LIMITS))
+        limits = SIMULATED_LIMITS
+        if config.limits.engine is not None:
+            limits = dataclasses.replace(limits, engine=config.limits.engine)
+        disks.append(Disk(SIMULATED, None, limits))
     return Disks(disks)
 
 

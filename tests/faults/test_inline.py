@@ -144,6 +144,7 @@ def test_markers_and_used_up_tags_do_not_hold_up_the_hub(dying: Dying, content: 
                     assert pauses.measure(cached.read, offset, PAGE) == whole[offset : offset + PAGE]
                 else:  # of this file a part is cached, with a marker in it: what cannot be had is a miss
                     found = pauses.measure(reader.read, offset, PAGE)
+                    assert found is not None
                     data = found if isinstance(found, bytes) else found[0]
                     partly += bool(data)
                     assert data in (b"", expected[offset : offset + PAGE])

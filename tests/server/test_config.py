@@ -106,6 +106,26 @@ def test_a_disk_goes_by_its_own_limits_then_by_those_of_all(write: Callable[[str
     assert disks[SIMULATED].limits.threads == 1024
 
 
+def test_simulated_stalls_run_on_the_engine_of_all_disks(write: Callable[[str], Path]) -> None:
+    text = """
+        simulate = true
+        [limits]
+        engine = "native"
+        [disk.a]
+        root = "/srv/a"
+        [disk.b]
+        root = "/srv/b"
+        engine = "threadpool"
+    """
+    disks = make_disks(load(write(text)))
+    assert {disk.name: disk.limits.engine for disk in disks.values()} == {
+        "a": "native",
+        "b": "threadpool",
+        SIMULATED: "native",
+    }
+    assert make_disks(ServerConfig())[SIMULATED].limits.engine == "threadpool"
+
+
 @pytest.mark.parametrize(
     ("text", "line", "key", "why"),
     [

@@ -154,6 +154,12 @@ def test_without_disks_it_simulates(start_server: StartServer) -> None:
     assert start_server("--no-simulate").line(b"0,5,some_file\n") == b"2,0,\n"
 
 
+def test_either_engine_serves_files_and_stalls(start_server: StartServer, tree: Path) -> None:
+    server = start_server("--engine", "native", "--simulate", "--disk", f"d1={tree}")
+    assert server.http("/v1/d1/small").body == SMALL
+    assert server.line(b"7,20,d1/small\n").startswith(b"7,")
+
+
 def test_options_win_over_the_file(start_server: StartServer, tree: Path, tmp_path: Path) -> None:
     file = tmp_path / "diskread.toml"
     file.write_text(

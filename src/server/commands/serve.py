@@ -83,6 +83,12 @@ class _DiskOption(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # g
     help=f"Time for a read, waiting included; then 504.  [default: {_LIMITS.deadline:g}]",
 )
 @click.option(
+    "--engine",
+    type=click.Choice(["threadpool", "native"]),
+    help="What reads: gevent's threadpool, or native threads that never wait for the GIL, at a fraction of its CPU "
+    f"time.  [default: {_LIMITS.engine}]",
+)
+@click.option(
     "--offline-after",
     type=float,
     metavar="SECONDS",
