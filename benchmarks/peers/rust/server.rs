@@ -1,5 +1,5 @@
-//! Rust, one thread of the standard library per connection: a blocking read waits in the thread of its connection, which
-//! the kernel sets aside; there are as many threads as connections, without a limit, detached and with small stacks.
+//! Rust, one thread of the standard library per connection: a blocking read waits in its connection's thread, which the
+//! kernel sets aside; there are as many threads as connections, without a limit, detached and with small stacks.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -320,9 +320,9 @@ fn main() {
             _ => port = None,
         }
     }
-    let listener = port.ok_or("usage: server --port N [--root DIR]".to_string()).and_then(|port| {
-        listen(port).map_err(|error| format!("rust: port {port}: {error}"))
-    });
+    let listener = port
+        .ok_or("usage: server --port N [--root DIR]".to_string())
+        .and_then(|port| listen(port).map_err(|error| format!("rust: port {port}: {error}")));
     let listener = listener.unwrap_or_else(|error| {
         eprintln!("{error}");
         process::exit(1);
