@@ -28,7 +28,7 @@ const (
 	longestWait  = 4 * time.Second
 	idleTimeout  = 60 * time.Second
 	drainTimeout = time.Second
-	block        = 65536
+	block        = 16 * 1024 // it is zeroed, and so costs each read that much memory
 )
 
 // How a request ends. The reply to one that is done has the status that the client asked for.

@@ -17,7 +17,7 @@ const LONGEST_MS: i64 = 3_600_000;
 const LONGEST_WAIT: Duration = Duration::from_secs(4);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
-const BLOCK: usize = 65536;
+const BLOCK: usize = 16 * 1024; // it is zeroed, and so costs each thread that much memory
 const STACK: usize = 256 * 1024;
 
 /// How a request ends.
