@@ -271,6 +271,19 @@ class Workers:
         self._log_stuck(visit)
         raise DiskTimeout(self._name, path, "missed its deadline: the disk has not answered", started=True)
 
+    @property
+    def well(self) -> bool:
+        """Whether a call that would cost no time could have been made here and now. Not always, when it could."""
+        crew = self._crew
+        return (
+            crew is not None
+            and not self._closed
+            and crew.process == os.getpid()
+            and crew.hub.thread_ident == threading.get_ident()
+            and gevent.getcurrent() is not crew.hub
+            and crew.health.well(self._clock())
+        )
+
     def watch(self) -> None:
         """Send a first probe now; the disk is offline until it has answered. Never blocks."""
         crew = self._crew_here()

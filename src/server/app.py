@@ -83,7 +83,10 @@ class _SimulationSink:
             raise falcon.HTTPMethodNotAllowed(["GET"])
         # A request waits from the moment at which its first byte was there, where the server knows it.
         since = req.env.get("diskread.received", time.monotonic())
+        failed = req.env.get("diskread.failed")
         try:
+            if failed is not None:  # the listener has tried it already
+                raise failed
             wanted = parse(req.env["PATH_INFO"].encode("latin-1").removeprefix(b"/"))
             total = self._simulation.perform(wanted, since)
         except BadInput as error:

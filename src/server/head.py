@@ -1,8 +1,11 @@
-"""The headers of a request, read quickly when nothing about them is odd."""
+"""The headers of a request, read quickly when nothing about them is odd; and the date for those of a response."""
 
 from __future__ import annotations
 
 import re
+import time
+from email.utils import formatdate
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -87,3 +90,13 @@ def plain(data: bytes) -> tuple[Headers, int] | None:
     """
     found = _PLAIN.match(data)
     return None if found is None else (Headers(data[: found.end() - 2].decode("ascii")), found.end())
+
+
+def date() -> bytes:
+    """Now, as the header Date has it. Formatted once in a second."""
+    return _date(int(time.time()))
+
+
+@lru_cache(maxsize=1)
+def _date(seconds: int) -> bytes:
+    return formatdate(seconds, usegmt=True).encode("ascii")

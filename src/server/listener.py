@@ -11,8 +11,6 @@ import socket as native_socket
 import sys
 import time
 from datetime import datetime
-from email.utils import formatdate
-from functools import lru_cache
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -24,8 +22,9 @@ from gevent.pywsgi import WSGIHandler, WSGIServer
 from diskread import DiskError
 from diskread.errors import printable
 
-from . import head
+from . import direct, head
 from .line import LONGEST_LINE, answer
+from .simulate import BadInput, Failed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -130,6 +129,7 @@ class Handler(WSGIHandler):
         self.rfile = io.BufferedReader(connection, 8192)
         self.connection = connection
         self.received = time.monotonic()
+        self.failed: Failed | None = None
         self._head_timer: gevent.Timeout | None = None
 
     def read_requestline(self) -> str:
@@ -169,7 +169,7 @@ class Handler(WSGIHandler):
             self.log_request()
             result = None
         if result is None and self._unread:
-            _linger(self.socket, at_once=False)
+            _linger(self.socket)
         return result
 
     def _handle_client_error(self, ex: Exception) -> tuple[str, bytes]:
@@ -235,8 +235,9 @@ class Handler(WSGIHandler):
     def finalize_headers(self) -> None:
         """Add what the application leaves to the server. The date is formatted once in a second."""
         if self.provided_date is None:
-            self.provided_date = _date(int(time.time()))
-            self._encoded_headers().append((b"Date", self.provided_date.encode("ascii")))
+            date = head.date()
+            self.provided_date = date.decode("ascii")
+            self._encoded_headers().append((b"Date", date))
         super().finalize_headers()
 
     def _write_with_headers(self, data: bytes) -> None:
@@ -266,6 +267,8 @@ class Handler(WSGIHandler):
         """Tell the application since when the request has been waiting."""
         environ: dict[str, Any] = super().get_environ()
         environ["diskread.received"] = self.received
+        if self.failed is not None:
+            environ["diskread.failed"], self.failed = self.failed, None
         return environ
 
     def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
@@ -295,23 +298,26 @@ class Handler(WSGIHandler):
         return printable(super().format_request().encode("utf-8", "backslashreplace"))
 
 
-@lru_cache(maxsize=1)
-def _date(seconds: int) -> str:
-    return formatdate(seconds, usegmt=True)
+class _Idle:
+    """Marks a socket as one that waits for a request, so that it may be closed: after the idle time-out, or by a drain.
 
+    One timer looks after all of them: one for each wait would cost more than many a request.
+    """
 
-class _IdleSocket:
-    """Marks a socket as one that waits for a request, so that a drain may close it."""
+    __slots__ = ("_sock", "_sockets", "_timeout")
 
-    def __init__(self, sockets: set[socket.socket], sock: socket.socket) -> None:
+    def __init__(self, sockets: dict[socket.socket, float], sock: socket.socket) -> None:
         self._sockets = sockets
         self._sock = sock
+        self._timeout = sock.gettimeout()
 
     def __enter__(self) -> None:
-        self._sockets.add(self._sock)
+        self._sockets[self._sock] = time.monotonic()
+        self._sock.settimeout(None)
 
     def __exit__(self, *_: object) -> None:
-        self._sockets.discard(self._sock)
+        del self._sockets[self._sock]
+        self._sock.settimeout(self._timeout)
 
 
 class Server(WSGIServer):
@@ -339,7 +345,8 @@ class Server(WSGIServer):
         self.draining = False
         self.logs = access_log is not None
         self._simulation = simulation
-        self._idle: set[socket.socket] = set()
+        self._idle: dict[socket.socket, float] = {}  # since when, in that order
+        self._hang_up: Any = None  # gevent's watchers have no types
         self._connections = Pool(config.connections)
         super().__init__(
             (config.host, config.port),
@@ -351,40 +358,83 @@ class Server(WSGIServer):
             environ={"SERVER_NAME": config.host},  # saves pywsgi a look-up of our own name in the DNS
         )
 
-    def idle(self, sock: socket.socket) -> _IdleSocket:
-        """A context in which a drain may close the socket, because its client is not owed an answer."""
-        return _IdleSocket(self._idle, sock)
+    def init_socket(self) -> None:
+        """Bind the port, and set what all connections inherit from the listening socket (tcp(7))."""
+        super().init_socket()
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Without it, a slow client's full send buffer (4 MB) would have to drain by a third before a send goes on.
+        self.socket.setsockopt(socket.IPPROTO_TCP, native_socket.TCP_NOTSENT_LOWAT, UNSENT)
+        if self._hang_up is None:
+            interval = min(1.0, self.idle_timeout / 10)
+            self._hang_up = self.loop.timer(interval, interval, ref=False)
+            self._hang_up.start(self._hang_up_on_idle)
+
+    def _hang_up_on_idle(self) -> None:
+        latest = time.monotonic() - self.idle_timeout
+        for sock, since in list(self._idle.items()):
+            if since > latest:
+                break
+            _end_input(sock)
+
+    def idle(self, sock: socket.socket) -> _Idle:
+        """A context in which the socket may be closed, because its client is not owed an answer."""
+        return _Idle(self._idle, sock)
 
     def handle(self, sock: socket.socket, address: Address) -> None:
         """Serve one connection, in a greenlet of its own."""
         accepted = time.monotonic()
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Without it, a slow client's full send buffer (4 MB) would have to drain by a third before a send goes on.
-            sock.setsockopt(socket.IPPROTO_TCP, native_socket.TCP_NOTSENT_LOWAT, UNSENT)
             # Accepted just before a drain began: served if its request is here already.
             sock.settimeout(0.1 if self.draining else self.idle_timeout)
-            line, rest = self._first_line(sock)
+            data, failed = self._receive(sock), None
+            while not self.logs and not self.draining and (found := direct.find(data)) is not None:
+                request, length = found
+                try:
+                    total = self._simulation.perform(request, time.monotonic())
+                except BadInput:
+                    break
+                except Failed as error:
+                    failed = error
+                    break
+                reply = direct.response(request, total, close=self.draining)
+                sent = sock.send(reply)  # sendall makes more of it
+                if sent < len(reply):
+                    sock.sendall(reply[sent:])
+                if self.draining:  # by now
+                    return  # type: ignore[unreachable]
+                data = data[length:] or self._receive(sock)
+            line, rest = self._first_line(sock, data)
             if not line:
                 return
             if _HTTP.match(line) or (len(line) > LONGEST_LINE and _HTTP_BEGINNING.match(line)):
                 connection = Connection(sock)
                 connection.push_back(line + rest)
-                self.handler_class(sock, address, self, connection).handle()
+                handler = self.handler_class(sock, address, self, connection)
+                handler.failed = failed
+                handler.handle()
                 return
             reply = answer(line, self._simulation, accepted)
             sock.sendall(reply)
             if self.logs:
                 with contextlib.suppress(OSError):
                     self._log_line(address, line, reply, time.monotonic() - accepted)
-            _linger(sock, at_once=not rest and line.endswith(b"\n"))
+            if rest or not line.endswith(b"\n"):
+                _linger(sock)
         except (OSError, gevent.Timeout):
             pass  # the client went away, or was too slow: nobody is left to be told
 
-    def _first_line(self, sock: socket.socket) -> tuple[bytes, bytes]:
+    def _receive(self, sock: socket.socket) -> bytes:
+        """What a client that is not owed anything sends next; empty when it goes, or is gone for too long."""
+        data: bytes
+        if self.draining:
+            data = sock.recv(8192)
+        else:
+            with self.idle(sock):
+                data = sock.recv(8192)
+        return data
+
+    def _first_line(self, sock: socket.socket, data: bytes) -> tuple[bytes, bytes]:
         """The first line, and what came after it. The line has no end when the input ended or it is too long."""
-        with self.idle(sock):
-            data: bytes = sock.recv(8192)
         received, newline, rest = data.partition(b"\n")
         if newline or not data:
             return received + newline, rest
@@ -419,20 +469,22 @@ class Server(WSGIServer):
         self.draining = True
         self.close()
         for sock in list(self._idle):
-            # Wakes its greenlet with an end of input, where closing it under the greenlet would raise.
-            with contextlib.suppress(OSError):
-                sock.shutdown(native_socket.SHUT_RDWR)
+            _end_input(sock)
         return self._connections.join(timeout)
 
 
-def _linger(sock: socket.socket, *, at_once: bool) -> None:
+def _end_input(sock: socket.socket) -> None:
+    """Wake the greenlet that reads from a socket with an end of input; closing it under the greenlet would raise."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(native_socket.SHUT_RDWR)
+
+
+def _linger(sock: socket.socket) -> None:
     """End our side; then throw away what the client still sends, for a bounded time.
 
     Closing a socket with unread input sends a reset, which can destroy the reply on its way (RFC 9112, 9.6).
     """
     sock.shutdown(native_socket.SHUT_WR)
-    if at_once:
-        return
     sock.settimeout(LINGER)
     with gevent.Timeout(LINGER, False):  # type: ignore[arg-type]
         while sock.recv(65536):

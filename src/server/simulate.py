@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from diskread import Disk, DiskBusy, DiskError, DiskFileChanged, DiskIOError, DiskOffline, DiskTimeout, Limits
 
@@ -57,8 +56,7 @@ class Failed(Exception):
         self.total = total
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One request of the experiment.
 
     Attributes:
