@@ -425,6 +425,37 @@ def open_path(int root_fd, path, int flags, Py_ssize_t offset, Py_ssize_t size, 
     return new_file(fd, &found, buffer, error)
 
 
+def read_whole(int root_fd, path, int flags, Py_ssize_t largest, Py_ssize_t window, Tally tally not None):
+    """Read a whole file if that can be done at once: it is cached, and not larger than `largest` bytes.
+
+    Only then it is counted. Other parameters as `read_path` has them.
+
+    Returns:
+        A `CachedFile` that is closed, its `prefix` being all of it; or None.
+    """
+    cdef Found found
+    cdef Verdict verdict
+    cdef int fd = -1, error
+    cdef int64_t count
+    cdef bytes buffer
+    verdict.until_ns = 0
+    name = encoded(path)
+    if name is None or open_regular(root_fd, PyBytes_AS_STRING(name), flags, &fd, &found):
+        return None
+    if found.size > largest:
+        c_close(fd)
+        return None
+    try:
+        buffer = PyBytes_FromStringAndSize(NULL, found.size)
+        count = read_pieces(fd, PyBytes_AS_STRING(buffer), 0, found.size, found.size, window, &verdict, &error)
+    finally:
+        c_close(fd)
+    if count < found.size:
+        return None
+    tally.hit(count)
+    return new_file(-1, &found, buffer, 0)
+
+
 @cython.final
 cdef class CachedReader:
     """Reads what is cached through an open descriptor of a regular file that has O_NOATIME. The descriptor is borrowed.

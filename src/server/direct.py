@@ -1,44 +1,88 @@
-"""The experiment over HTTP, second generation, as its load generators ask: answered without the whole of HTTP.
+"""What clients ask most, answered without the whole of HTTP: small files that are cached, the experiment's requests.
 
-A request that is not exactly like that, one that fails, a server that writes an access log or drains: all of these go
-the ordinary way, through pywsgi and the application, and get the same answers there.
+A request that is not exactly like that, one that fails, a server that writes an access log: all of these go the
+ordinary way, through pywsgi and the application, and get the same answers there.
 """
 
 from __future__ import annotations
 
 import re
+import time
+from typing import TYPE_CHECKING
 
 from .head import date
-from .simulate import Request
+from .objects import description
+from .simulate import BadInput, Request, Simulation
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from diskread import Disk
+
+# Paths that need no decoding, and headers that change nothing.
+_PATH = rb"[A-Za-z0-9._/-]{1,1024}"
+_HEADERS = rb"(?:(?i:Host|User-Agent|Accept|Accept-Encoding|Accept-Language|DNT): [\x20-\x7e]{0,1024}\r\n){0,6}\r\n"
 _REQUEST = re.compile(
-    rb"GET /(-?[0-9]{1,9}),([0-9]{1,6}),([A-Za-z0-9._/-]{1,1024}) HTTP/1\.1\r\n"
-    rb"(?:(?i:Host|User-Agent|Accept|Accept-Encoding|Accept-Language): [\x20-\x7e]{0,1024}\r\n){0,5}\r\n"
+    rb"GET /(?:v1/([A-Za-z0-9._-]{1,255})/(" + _PATH + rb")|(-?[0-9]{1,9}),([0-9]{1,6}),(" + _PATH + rb"))"
+    rb" HTTP/1\.1\r\n" + _HEADERS
 )
 
 
-def find(data: bytes) -> tuple[Request, int] | None:
-    """Find such a request at the beginning of what a client has sent.
+class Direct:
+    """Answers what it can."""
 
-    Returns:
-        The request and its length in bytes; None when it is not one, or not all there.
-    """
-    found = _REQUEST.match(data)
-    if found is None:
-        return None
-    return Request(found[1], int(found[2]) / 1000, found[3]), found.end()
+    def __init__(self, disks: Mapping[str, Disk], simulation: Simulation) -> None:
+        """Serve these disks, by name, and the experiment."""
+        self._disks = disks
+        self._simulation = simulation
 
+    def answer(self, data: bytes, is_last: Callable[[], bool]) -> tuple[bytes, int] | None:
+        """Answer the request at the beginning of what a client has sent. Blocks the greenlet, never the hub.
 
-def response(request: Request, total: float, *, close: bool) -> bytes:
-    """The response to a request that was carried out.
+        Args:
+            data: What it has sent.
+            is_last: Asked when the response is there: whether it is the last one on its connection.
 
-    Args:
-        request: Which one.
-        total: Seconds that it took.
-        close: Whether it is the last one on its connection.
-    """
-    body = b"%d,%b" % (int(total * 1000), request.path)
-    return (
-        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nContent-Type: text/plain; charset=utf-8\r\nDate: %b\r\n%b\r\n%b"
-        % (len(body), date(), b"Connection: close\r\n" if close else b"", body)
-    )
+        Returns:
+            The whole response, and the bytes that the request has; None for the ordinary way.
+
+        Raises:
+            Failed: As `Simulation.perform` says.
+        """
+        found = _REQUEST.match(data)
+        if found is None:
+            return None
+        disk, path, status, milliseconds, text = found.groups()
+        if disk is not None:
+            head_and_body = self._file(disk, path)
+        else:
+            head_and_body = self._simulated(Request(status, int(milliseconds) / 1000, text))
+        if head_and_body is None:
+            return None
+        fields, body = head_and_body
+        response = b"HTTP/1.1 200 OK\r\n%bContent-Length: %d\r\nDate: %b\r\n%b\r\n%b" % (
+            fields,
+            len(body),
+            date(),
+            b"Connection: close\r\n" if is_last() else b"",
+            body,
+        )
+        return response, found.end()
+
+    def _file(self, disk_name: bytes, path: bytes) -> tuple[bytes, bytes] | None:
+        disk = self._disks.get(disk_name.decode("ascii"))
+        if disk is None:
+            return None
+        found = disk.read_cached(path)
+        if found is None:
+            return None
+        stat, body = found
+        fields = "".join([f"{name}: {value}\r\n" for name, value in description(path, stat)])
+        return fields.encode("ascii"), body
+
+    def _simulated(self, request: Request) -> tuple[bytes, bytes] | None:
+        try:
+            total = self._simulation.perform(request, time.monotonic())
+        except BadInput:
+            return None
+        return b"Content-Type: text/plain; charset=utf-8\r\n", b"%d,%b" % (int(total * 1000), request.path)

@@ -22,16 +22,18 @@ from gevent.pywsgi import WSGIHandler, WSGIServer
 from diskread import DiskError
 from diskread.errors import printable
 
-from . import direct, head
+from . import head
+from .direct import Direct
 from .line import LONGEST_LINE, answer
-from .simulate import BadInput, Failed
+from .simulate import Failed, Simulation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
+    from diskread import Disks
+
     from .config import ServerConfig
-    from .simulate import Simulation
 
     Address = tuple[str, int] | Any
 
@@ -46,6 +48,9 @@ UNSENT = 64 * 1024
 
 AT_ONCE = 64 * 1024
 """Bytes of a body that are worth copying to send them with the head, in one system call and one segment."""
+
+IN_A_ROW = 100
+"""Requests of one connection that are answered directly before others have their turn, should it never have to wait."""
 
 BACKLOG = 65_535  # the kernel caps it at net.core.somaxconn: listen(2)
 
@@ -130,29 +135,62 @@ class Handler(WSGIHandler):
         self.connection = connection
         self.received = time.monotonic()
         self.failed: Failed | None = None
+        self._awaiting = True
+        self._answered = 0
         self._head_timer: gevent.Timeout | None = None
 
     def read_requestline(self) -> str:
         """Wait for a request as long as an idle connection may last, then for its line as long as a head may take."""
         self._head_timer = None
-        self.connection.budget = None
-        if not self.connection.ahead:
-            if self.server.draining:
-                return ""  # as at the end of the input: who has his answer is not owed another one
-            with self.server.idle(self.socket):
-                self.rfile.peek(1)
-        self.received = time.monotonic()
+        received = self._await_request()
+        if not received:
+            return ""
         self.connection.budget = LONGEST_HEAD
-        if head.END not in self.rfile.peek(1):
+        if head.END not in received and head.END not in self.rfile.peek(1):
             self._head_timer = gevent.Timeout.start_new(self.server.request_timeout)
         line: str = super().read_requestline()
         # pywsgi splits and strips this as text, where 0x85 and 0xA0, which are bytes of UTF-8, are white space.
         return _NOT_ASCII.sub(lambda each: f"%{ord(each[0]):02X}", line)
 
+    def _await_request(self) -> bytes:
+        """What there is of the next request, once there is something. It has not been read yet."""
+        self.connection.budget = None
+        if self._awaiting:
+            if not self.connection.ahead and self.server.draining:
+                return b""  # as at the end of the input: who has his answer is not owed another one
+            with self.server.idle(self.socket):
+                self.rfile.peek(1)
+            self.received = time.monotonic()
+            self._awaiting = False
+        return self.rfile.peek(1)
+
+    def _answer_directly(self) -> bool:
+        """Answer the next request, if there is a short way to do it."""
+        self._awaiting = True
+        data = self._await_request()
+        if not data or self.server.logs:
+            return False
+        try:
+            found = self.server.direct.answer(data, lambda: self.server.draining)
+        except Failed as error:
+            self.failed = error
+            return False
+        if found is None:
+            return False
+        response, length = found
+        self.rfile.read(length)
+        self._sendall(response)
+        self._answered += 1
+        if not self._answered % IN_A_ROW:
+            gevent.sleep(0)
+        return True
+
     def handle_one_request(self) -> Any:
         """Serve one request; hang up on a client that cannot finish its head in time or in size."""
         # pywsgi would log a request that is none with what it knows of the last one.
         self.requestline, self._orig_status, self.response_length, self._unread = "", None, 0, False
+        if self._answer_directly():
+            return None if self.server.draining else True
         try:
             result = super().handle_one_request()
         except gevent.Timeout as timeout:
@@ -329,7 +367,7 @@ class Server(WSGIServer):
         self,
         config: ServerConfig,
         app: Callable[..., Any],
-        simulation: Simulation,
+        disks: Disks,
         access_log: TextIO | None = None,
     ) -> None:
         """Prepare; `start` binds the port and begins to accept.
@@ -337,14 +375,15 @@ class Server(WSGIServer):
         Args:
             config: Address and limits.
             app: The WSGI application.
-            simulation: Carries out the requests of the line protocol.
+            disks: What it serves: for what is answered without the application.
             access_log: Where to write a line per request; None for nowhere.
         """
         self.idle_timeout = config.idle_timeout
         self.request_timeout = config.request_timeout
         self.draining = False
         self.logs = access_log is not None
-        self._simulation = simulation
+        self._simulation = Simulation(disks, stalls=config.stalls)
+        self.direct = Direct(disks, self._simulation)
         self._idle: dict[socket.socket, float] = {}  # since when, in that order
         self._hang_up: Any = None  # gevent's watchers have no types
         self._connections = Pool(config.connections)
@@ -386,32 +425,13 @@ class Server(WSGIServer):
         try:
             # Accepted just before a drain began: served if its request is here already.
             sock.settimeout(0.1 if self.draining else self.idle_timeout)
-            data, failed = self._receive(sock), None
-            while not self.logs and not self.draining and (found := direct.find(data)) is not None:
-                request, length = found
-                try:
-                    total = self._simulation.perform(request, time.monotonic())
-                except BadInput:
-                    break
-                except Failed as error:
-                    failed = error
-                    break
-                reply = direct.response(request, total, close=self.draining)
-                sent = sock.send(reply)  # sendall makes more of it
-                if sent < len(reply):
-                    sock.sendall(reply[sent:])
-                if self.draining:  # by now
-                    return  # type: ignore[unreachable]
-                data = data[length:] or self._receive(sock)
-            line, rest = self._first_line(sock, data)
+            line, rest = self._first_line(sock)
             if not line:
                 return
             if _HTTP.match(line) or (len(line) > LONGEST_LINE and _HTTP_BEGINNING.match(line)):
                 connection = Connection(sock)
                 connection.push_back(line + rest)
-                handler = self.handler_class(sock, address, self, connection)
-                handler.failed = failed
-                handler.handle()
+                self.handler_class(sock, address, self, connection).handle()
                 return
             reply = answer(line, self._simulation, accepted)
             sock.sendall(reply)
@@ -423,18 +443,13 @@ class Server(WSGIServer):
         except (OSError, gevent.Timeout):
             pass  # the client went away, or was too slow: nobody is left to be told
 
-    def _receive(self, sock: socket.socket) -> bytes:
-        """What a client that is not owed anything sends next; empty when it goes, or is gone for too long."""
-        data: bytes
+    def _first_line(self, sock: socket.socket) -> tuple[bytes, bytes]:
+        """The first line, and what came after it. The line has no end when the input ended or it is too long."""
         if self.draining:
-            data = sock.recv(8192)
+            data: bytes = sock.recv(8192)
         else:
             with self.idle(sock):
                 data = sock.recv(8192)
-        return data
-
-    def _first_line(self, sock: socket.socket, data: bytes) -> tuple[bytes, bytes]:
-        """The first line, and what came after it. The line has no end when the input ended or it is too long."""
         received, newline, rest = data.partition(b"\n")
         if newline or not data:
             return received + newline, rest

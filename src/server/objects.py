@@ -28,6 +28,25 @@ _CONDITIONS = frozenset(
 _LARGEST_OFFSET = 2**62  # beyond the largest file there is; keeps offset plus size within 64 bits
 
 
+def description(path: bytes, stat: FileStat) -> tuple[tuple[str, str], ...]:
+    """The headers that describe a file, whatever becomes of the request."""
+    return (
+        ("ETag", f'"{_version(stat)}"'),
+        ("Last-Modified", _http_date(_seconds(stat))),
+        ("Accept-Ranges", "bytes"),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Content-Type", _content_type(path.rpartition(b"/")[2])),
+    )
+
+
+def _version(stat: FileStat) -> str:
+    return f"{stat.inode:x}-{stat.size:x}-{stat.mtime_ns:x}"
+
+
+def _seconds(stat: FileStat) -> int:
+    return stat.mtime_ns // 1_000_000_000
+
+
 class Span(NamedTuple):
     """The bytes of a file that were asked for: from `start` up to, not including, `stop`."""
 
@@ -88,19 +107,9 @@ class ObjectResource:
         request: falcon.Request, response: falcon.Response, path: bytes, stat: FileStat, wanted: tuple[int, int] | None
     ) -> Span | None:
         """Set status and headers; return what is to be sent, None for nothing."""
-        version = f"{stat.inode:x}-{stat.size:x}-{stat.mtime_ns:x}"
-        seconds = stat.mtime_ns // 1_000_000_000
-        response.set_headers(
-            (
-                ("ETag", f'"{version}"'),
-                ("Last-Modified", _http_date(seconds)),
-                ("Accept-Ranges", "bytes"),
-                ("X-Content-Type-Options", "nosniff"),
-                ("Content-Type", _content_type(path.rpartition(b"/")[2])),
-            )
-        )
+        response.set_headers(description(path, stat))
         if not _CONDITIONS.isdisjoint(request.env):
-            etag, modified = falcon.ETag(version), datetime.fromtimestamp(seconds, timezone.utc)
+            etag, modified = falcon.ETag(_version(stat)), datetime.fromtimestamp(_seconds(stat), timezone.utc)
             if _precondition_failed(request, etag, modified):
                 raise falcon.HTTPPreconditionFailed(description="The file is another one than the request wants.")
             if _not_modified(request, etag, modified):

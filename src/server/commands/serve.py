@@ -21,7 +21,6 @@ from .. import admin
 from .. import config as configuration
 from ..app import create_app
 from ..listener import Server
-from ..simulate import Simulation
 from ..state_log import StateLog
 from ..status import version
 
@@ -193,7 +192,7 @@ def run(config: configuration.ServerConfig) -> None:
     _raise_descriptor_limit()
     disks = configuration.make_disks(config)
     with _access_log(config.access_log) as log:
-        server = Server(config, create_app(disks), Simulation(disks, stalls=config.stalls), log)
+        server = Server(config, create_app(disks), disks, log)
         stop = Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             gevent.signal_handler(number, _stop_or_leave, stop)
