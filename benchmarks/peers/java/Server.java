@@ -265,7 +265,8 @@ public final class Server {
 
     /** The longest that the system allows. */
     private static int backlog() throws IOException {
-        // Not Files.readString: it asks a file of length 0 for one byte first, and proc(5) says a number in one read only.
+        // Not Files.readString: it asks a file of length 0 for one byte first, and a file of /proc/sys says its number
+        // in one read only.
         try (BufferedReader file = Files.newBufferedReader(Path.of("/proc/sys/net/core/somaxconn"))) {
             return Integer.parseInt(file.readLine());
         }
@@ -289,7 +290,8 @@ public final class Server {
                 try {
                     socket = listener.accept();
                     threads.execute(server.new Conversation(socket));
-                } catch (IOException | OutOfMemoryError error) { // out of descriptors or threads: those that end free some
+                } catch (IOException | OutOfMemoryError error) {
+                    // out of descriptors or threads: those that end free some
                     System.err.println("java: " + error);
                     if (socket != null) {
                         socket.close();
