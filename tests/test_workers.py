@@ -734,10 +734,12 @@ def test_completion_is_reported_once_in_every_case(workers: Workers, gate: threa
 
         return on_completed
 
-    soon = time.monotonic() + 0.05
     workers.run(Job(), math.inf, on_completed=report("done"))
     blockers: list[gevent.Greenlet[..., Any]] = [
-        gevent.spawn(outcome, lambda: workers.run(Job(stall_ns=4 * 10**8), soon, on_completed=report("timeout"))),
+        gevent.spawn(
+            outcome,
+            lambda: workers.run(Job(stall_ns=4 * 10**8), time.monotonic() + 0.05, on_completed=report("timeout")),
+        ),
         gevent.spawn(workers.run, Job(stall_ns=3 * 10**8), math.inf, on_completed=report("slow")),
     ]
     until(lambda: workers.load.in_flight == 2)

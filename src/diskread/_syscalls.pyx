@@ -327,11 +327,11 @@ cdef void visit_disk(Visit *visit) noexcept nogil:
 
     When there was no memory for the buffer (STEP_MEMORY) it is a visit all the same: to close what there is to close.
     """
-    visit.started_ns = now_ns()
+    store_time(&visit.started_ns, now_ns())
     if visit.step == STEP_NONE:
         do_steps(visit)
     do_close(visit)
-    visit.finished_ns = now_ns()
+    store_time(&visit.finished_ns, now_ns())
     store(&visit.state, FINISHED)
 
 
@@ -545,7 +545,8 @@ cdef class Job:
     @property
     def seconds(self):
         """How long the visit took, 0.0 before its end."""
-        return (self.visit.finished_ns - self.visit.started_ns) / 1e9 if self.visit.finished_ns else 0.0
+        cdef int64_t finished = load_time(&self.visit.finished_ns)
+        return (finished - load_time(&self.visit.started_ns)) / 1e9 if finished else 0.0
 
     @property
     def progress(self):
@@ -554,13 +555,13 @@ cdef class Job:
 
     @property
     def started_ns(self):
-        """CLOCK_MONOTONIC at the start of the visit in nanoseconds, 0 before."""
-        return self.visit.started_ns
+        """CLOCK_MONOTONIC at the start of the visit in nanoseconds, 0 before. At any time, any thread."""
+        return load_time(&self.visit.started_ns)
 
     @property
     def finished_ns(self):
-        """CLOCK_MONOTONIC at the end of the visit in nanoseconds, 0 before."""
-        return self.visit.finished_ns
+        """CLOCK_MONOTONIC at the end of the visit in nanoseconds, 0 before. At any time, any thread."""
+        return load_time(&self.visit.finished_ns)
 
     def __dealloc__(self):
         # O_PATH descriptors of a root hold no data of the disk: closing one cannot block (open(2), O_PATH).
