@@ -163,7 +163,7 @@ def test_a_real_health_is_judged_without_anybody_asking() -> None:
     monitor = Monitor(health, gevent.get_hub(), time.monotonic, looks)
     until(lambda: looks.times and health.state(looks.times[-1]) is State.OFFLINE)
     monitor.stop()
-    assert looks.times[-1] - began >= 0.2
+    assert looks.times[-1] - began >= 0.19  # a look takes its time a moment before the verdict does
 
 
 def test_a_program_ends_although_disks_are_watched(run_script: RunScript) -> None:
