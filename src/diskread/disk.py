@@ -30,6 +30,7 @@ from .errors import (
     root_lost,
 )
 from .inline import LIMIT, Capability, Inline, InlineStatus, capability
+from .latency import Latency  # noqa: TC001 - whoever decodes a DiskStatus looks up the types of its fields
 from .limits import Limits, check_deadline
 from .probe import OUT_OF_RESOURCES, RootLost, probe
 from .workers import Load, Workers
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from types import TracebackType
 
-    from .latency import Latency
     from .workers import OnChange
 
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]

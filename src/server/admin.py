@@ -17,14 +17,14 @@ import os
 import socket as native_socket
 import stat
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import falcon
 import msgspec
 from gevent import socket
 from gevent.pywsgi import WSGIServer
 
-from .status import StatusResource, describe
+from .status import Seen, StatusResource, describe
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -50,40 +50,77 @@ class OfflineRequest(msgspec.Struct, forbid_unknown_fields=True):
     reason: str
 
 
-def create_app(disks: Disks, *, simulate: bool) -> falcon.App[Any, Any]:
+class Others(Protocol):
+    """The other worker processes of this server."""
+
+    def look(self) -> Seen:
+        """The status of the disks, as all of them together have it."""
+
+    def set_offline(self, name: str, reason: str) -> None:
+        """Have them take a disk offline, too, and those that will be started later."""
+
+    def set_online(self, name: str) -> None:
+        """Have them put it online."""
+
+
+class Nobody:
+    """There is but this process."""
+
+    def __init__(self, disks: Disks) -> None:
+        """Look at these disks."""
+        self._disks = disks
+
+    def look(self) -> Seen:
+        """See `Others`."""
+        return Seen(self._disks.status)
+
+    def set_offline(self, name: str, reason: str) -> None:
+        """See `Others`."""
+
+    def set_online(self, name: str) -> None:
+        """See `Others`."""
+
+
+def create_app(disks: Disks, *, simulate: bool, others: Others | None = None) -> falcon.App[Any, Any]:
     """Make the administrative application.
 
     Args:
         disks: What it may take offline and back.
         simulate: Whether clients of the public port may simulate stalls, for the document.
+        others: Who is told as well; None for nobody.
     """
+    others = Nobody(disks) if others is None else others
     app = falcon.App()
-    app.add_route("/disks", StatusResource(disks, simulate=simulate))
-    app.add_route("/disks/{name}/offline", _OfflineResource(disks))
-    app.add_route("/disks/{name}/online", _OnlineResource(disks))
+    app.add_route("/disks", StatusResource(others.look, simulate=simulate))
+    app.add_route("/disks/{name}/offline", _OfflineResource(disks, others))
+    app.add_route("/disks/{name}/online", _OnlineResource(disks, others))
     return app
 
 
 class _OfflineResource:
-    def __init__(self, disks: Disks) -> None:
+    def __init__(self, disks: Disks, others: Others) -> None:
         self._disks = disks
+        self._others = others
 
     def on_put(self, request: falcon.Request, response: falcon.Response, name: str) -> None:
         disk = _find(self._disks, name)
         reason = _reason(request)
         _log.info("disk %s: an operator takes it offline", name)
         disk.set_offline(reason)
+        self._others.set_offline(name, reason)
         _send(disk, response)
 
 
 class _OnlineResource:
-    def __init__(self, disks: Disks) -> None:
+    def __init__(self, disks: Disks, others: Others) -> None:
         self._disks = disks
+        self._others = others
 
     def on_put(self, _request: falcon.Request, response: falcon.Response, name: str) -> None:
         disk = _find(self._disks, name)
         _log.info("disk %s: an operator puts it online", name)
         disk.set_online()
+        self._others.set_online(name)
         _send(disk, response)
 
 
@@ -114,6 +151,11 @@ def _send(disk: Disk, response: falcon.Response) -> None:
     response.data = msgspec.json.encode(describe(disk.status))
 
 
+def serve(listening: socket.socket, app: falcon.App[Any, Any]) -> WSGIServer:
+    """A server of such an application on a Unix socket, still to be started."""
+    return WSGIServer(listening, app, log=None, error_log=sys.stderr)  # type: ignore[arg-type]
+
+
 class AdminServer:
     """The administrative application on a Unix socket."""
 
@@ -142,7 +184,7 @@ class AdminServer:
             listening.close()
             raise AdminSocketError(f"cannot make the administrative socket {path}: {_words(error)}") from error
         self._file = made.st_dev, made.st_ino
-        self._server = WSGIServer(listening, app, log=None, error_log=sys.stderr)  # type: ignore[arg-type]
+        self._server = serve(listening, app)
         self._server.start()
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,12 @@ from diskread import (
 from . import config
 from .objects import ObjectResource
 from .simulate import SIMULATED, BadInput, Failed, Simulation, Status, parse
-from .status import HealthResource, MetricsResource, PageResource, ReadyResource, StatusResource
+from .status import HealthResource, MetricsResource, PageResource, ReadyResource, Seen, StatusResource
 
 if TYPE_CHECKING:
     from diskread import Disks
+
+    from .status import Look
 
 RETRY_AFTER = 1
 """Seconds after which a client that a busy disk refused may try again: a slot may be free by then."""
@@ -38,7 +41,9 @@ CONFIG_VARIABLE = "DISKREAD_CONFIG"
 _log = logging.getLogger("diskread.server")
 
 
-def create_app(disks: Disks | None = None, *, stalls: bool | None = None) -> falcon.App[Any, Any]:
+def create_app(
+    disks: Disks | None = None, *, stalls: bool | None = None, look: Look | None = None
+) -> falcon.App[Any, Any]:
     """Make the WSGI application.
 
     Args:
@@ -46,6 +51,7 @@ def create_app(disks: Disks | None = None, *, stalls: bool | None = None) -> fal
             one, simulated stalls only.
         stalls: Whether clients may simulate stalls (`disks` needs one called `simulated` then). None: when there is
             such a disk.
+        look: Brings the status of the disks, where this process is not the only one. None: that of `disks`.
 
     Returns:
         A Falcon application.
@@ -58,18 +64,31 @@ def create_app(disks: Disks | None = None, *, stalls: bool | None = None) -> fal
         disks = config.make_disks(config.load(Path(path)) if path else config.ServerConfig())
     if stalls is None:
         stalls = SIMULATED in disks
+    if look is None:
+        look = partial(_look_at, disks)
     app = falcon.App()
     app.set_error_serializer(_serialize_error)
     app.add_error_handler(DiskError, _disk_error)
     app.add_error_handler(Exception, _internal_error)
     app.add_route("/v1/{disk}/{path:path}", ObjectResource(disks))
-    app.add_route("/status", StatusResource(disks, simulate=stalls))
-    app.add_route("/metrics", MetricsResource(disks))
+    app.add_route("/status", StatusResource(look, simulate=stalls))
+    app.add_route("/metrics", MetricsResource(look))
     app.add_route("/healthz", HealthResource())
-    app.add_route("/readyz", ReadyResource(disks))
+    app.add_route("/readyz", ReadyResource(look))
     app.add_route("/", PageResource())
     app.add_sink(_SimulationSink(Simulation(disks, stalls=stalls)), r"/[^/,]*,")
     return app
+
+
+def __getattr__(name: str) -> Any:
+    """`server.app:application`, made when somebody asks for it: an import should not look for a configuration."""
+    if name == "application":
+        return create_app()
+    raise AttributeError(name)
+
+
+def _look_at(disks: Disks) -> Seen:
+    return Seen(disks.status)
 
 
 class _SimulationSink:

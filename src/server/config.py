@@ -165,17 +165,28 @@ def limits_of(config: LimitsConfig, keys: list[str], default: LimitsConfig | Non
         raise _Wrong([*keys, field] if field in values else keys, str(error)) from error
 
 
-def make_disks(config: ServerConfig) -> Disks:
-    """The disks of a configuration, and the one for simulated stalls where these are on. Touches no device."""
+def make_disks(config: ServerConfig, workers: int = 1) -> Disks:
+    """The disks of a configuration, and the one for simulated stalls where these are on. Touches no device.
+
+    Args:
+        config: The configuration, checked.
+        workers: Processes that serve these disks: slots and queues are divided among them, with a slot for each at the
+            least.
+    """
     disks = [
-        Disk(name, disk.root, limits_of(disk, ["disk", name], config.limits)) for name, disk in config.disk.items()
+        Disk(name, disk.root, _share(limits_of(disk, ["disk", name], config.limits), workers))
+        for name, disk in config.disk.items()
     ]
     if config.stalls:
         limits = SIMULATED_LIMITS
         if config.limits.engine is not None:
             limits = dataclasses.replace(limits, engine=config.limits.engine)
-        disks.append(Disk(SIMULATED, None, limits))
+        disks.append(Disk(SIMULATED, None, _share(limits, workers)))
     return Disks(disks)
+
+
+def _share(limits: Limits, workers: int) -> Limits:
+    return dataclasses.replace(limits, threads=max(1, limits.threads // workers), queue=limits.queue // workers)
 
 
 def _check_socket_path(path: str) -> None:

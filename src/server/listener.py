@@ -369,6 +369,7 @@ class Server(WSGIServer):
         app: Callable[..., Any],
         disks: Disks,
         access_log: TextIO | None = None,
+        listener: socket.socket | None = None,
     ) -> None:
         """Prepare; `start` binds the port and begins to accept.
 
@@ -377,6 +378,7 @@ class Server(WSGIServer):
             app: The WSGI application.
             disks: What it serves: for what is answered without the application.
             access_log: Where to write a line per request; None for nowhere.
+            listener: The socket to accept on, bound and listening already; None to make one.
         """
         self.idle_timeout = config.idle_timeout
         self.request_timeout = config.request_timeout
@@ -388,9 +390,9 @@ class Server(WSGIServer):
         self._hang_up: Any = None  # gevent's watchers have no types
         self._connections = Pool(config.connections)
         super().__init__(
-            (config.host, config.port),
+            (config.host, config.port) if listener is None else listener,
             app,
-            backlog=BACKLOG,
+            backlog=BACKLOG if listener is None else None,
             spawn=self._connections,
             log=access_log,
             error_log=sys.stderr,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import time
+from dataclasses import dataclass
 from importlib import metadata, resources
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -18,7 +19,11 @@ from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, genera
 from diskread.metrics import DiskCollector
 
 if TYPE_CHECKING:
-    from diskread import Disks, DiskStatus
+    from collections.abc import Callable
+
+    from diskread import DiskStatus
+
+    Look = Callable[[], "Seen"]
 
 
 class InlineDocument(msgspec.Struct):
@@ -74,8 +79,8 @@ class DiskDocument(msgspec.Struct):
     probes: int = 0
     """How many probes were sent."""
     next_probe: float | None = None
-    inline: InlineDocument | None = None
     """Time to the next one; 0 while one is under way, null when none will be sent."""
+    inline: InlineDocument | None = None
 
 
 class StatusDocument(msgspec.Struct):
@@ -85,6 +90,21 @@ class StatusDocument(msgspec.Struct):
     uptime: float
     simulate: bool
     disks: list[DiskDocument]
+    workers: int = 1
+    """Worker processes of which this is the sum."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a look at the server brings.
+
+    Attributes:
+        disks: The disks, as all worker processes together have them.
+        workers: How many worker processes that is.
+    """
+
+    disks: list[DiskStatus]
+    workers: int = 1
 
 
 def version() -> str:
@@ -163,20 +183,22 @@ def fetch(address: str, timeout: float) -> StatusDocument | None:
 class StatusResource:
     """`/status`: everything there is to know, as JSON."""
 
-    def __init__(self, disks: Disks, *, simulate: bool) -> None:
-        """Tell of these disks."""
-        self._disks = disks
+    def __init__(self, look: Look, *, simulate: bool) -> None:
+        """Tell what a look brings."""
+        self._look = look
         self._simulate = simulate
         self._started = time.monotonic()
         self._version = version()
 
     def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
         """Send the document."""
+        seen = self._look()
         document = StatusDocument(
             version=self._version,
             uptime=round(time.monotonic() - self._started, 3),
             simulate=self._simulate,
-            disks=[describe(disk) for disk in self._disks.status],
+            disks=[describe(disk) for disk in seen.disks],
+            workers=seen.workers,
         )
         response.content_type = falcon.MEDIA_JSON
         response.cache_control = ["no-store"]
@@ -188,10 +210,10 @@ class StatusResource:
 class MetricsResource:
     """`/metrics`: OpenMetrics."""
 
-    def __init__(self, disks: Disks) -> None:
-        """Measure these disks, and the process."""
+    def __init__(self, look: Look) -> None:
+        """Measure what a look brings, and this process."""
         self._registry = CollectorRegistry()
-        self._registry.register(DiskCollector(lambda: disks.status))
+        self._registry.register(DiskCollector(lambda: look().disks))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
 
@@ -217,13 +239,13 @@ class HealthResource:
 class ReadyResource:
     """`/readyz`: at least one disk takes requests."""
 
-    def __init__(self, disks: Disks) -> None:
-        """Look at these disks."""
-        self._disks = disks
+    def __init__(self, look: Look) -> None:
+        """Judge by what a look brings."""
+        self._look = look
 
     def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
         """200 when one does, else 503. The disk for simulated stalls counts only where there is no other."""
-        disks = self._disks.status
+        disks = self._look().disks
         real = [disk for disk in disks if disk.root is not None]
         ready = any(disk.load.accepting for disk in real or disks)
         response.status = falcon.HTTP_200 if ready else falcon.HTTP_503

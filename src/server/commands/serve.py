@@ -9,28 +9,27 @@ import os
 import resource
 import signal
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 import gevent
 import msgspec
 from gevent.event import Event
 
-from .. import admin
+from .. import access_log, admin
 from .. import config as configuration
 from ..app import create_app
+from ..first_answers import wait_for_first_answers
 from ..listener import Server
 from ..state_log import StateLog
 from ..status import version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from diskread import Disks
-
-FIRST_ANSWERS = 0.5
-"""Seconds that the disks get at the start to answer their first probes. One that does not is served as offline."""
 
 _DEFAULT = configuration.ServerConfig()
 _LIMITS = configuration.limits_of(configuration.LimitsConfig(), [])
@@ -106,6 +105,12 @@ class _DiskOption(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # g
     help="Let clients simulate stalls (RC,MS,PATH). Whoever can stall a slot can deny service. "
     "[default: only without disks]",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Serve with so many processes, kept by gunicorn: one that dies is replaced, SIGHUP reads the configuration "
+    "again. Slots and queues are divided among them.  [default: one process, without gunicorn]",
+)
 @click.option("--access-log", metavar="FILE", help="Write a line per request; - is standard output.")
 @click.option(
     "--connections",
@@ -130,7 +135,7 @@ class _DiskOption(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # g
     metavar="SECONDS",
     help=f"Time for requests under way after SIGTERM.  [default: {_DEFAULT.drain_timeout:g}]",
 )
-def serve(path: Path | None, disks: tuple[tuple[str, str], ...], **options: Any) -> None:
+def serve(path: Path | None, disks: tuple[tuple[str, str], ...], workers: int | None, **options: Any) -> None:
     """Serve the files of one or more disks over HTTP and over the line protocol, on one port.
 
     A hung disk costs its own clients a 504 after the deadline or a 503 at once; nobody else notices. One that makes
@@ -165,7 +170,10 @@ def serve(path: Path | None, disks: tuple[tuple[str, str], ...], **options: Any)
         if names.count(name) > 1:
             raise click.UsageError(f"two disks are called {name}; give each a name of its own")
     try:
-        run(_merge(path, dict(disks), options))
+        if workers is None:
+            run(_merge(path, dict(disks), options))
+        else:
+            run_workers(partial(_merge, path, dict(disks), options), workers)
     except configuration.ConfigError as error:
         raise click.UsageError(str(error)) from error
 
@@ -191,7 +199,7 @@ def run(config: configuration.ServerConfig) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
     _raise_descriptor_limit()
     disks = configuration.make_disks(config)
-    with _access_log(config.access_log) as log:
+    with access_log.opened(config.access_log) as log:
         server = Server(config, create_app(disks), disks, log)
         stop = Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -202,7 +210,7 @@ def run(config: configuration.ServerConfig) -> None:
             raise click.ClickException(_why_not_listening(config, error)) from error
         with _admin_server(config, disks):
             disks.watch()
-            _wait_for_first_answers(disks)
+            wait_for_first_answers(disks)
             server.start()
             _announce(config, server, disks)
             StateLog(disks)
@@ -215,6 +223,22 @@ def run(config: configuration.ServerConfig) -> None:
         sys.stdout.flush()
         os._exit(0)
     disks.close()
+
+
+def run_workers(load: Callable[[], configuration.ServerConfig], workers: int) -> None:
+    """Serve with several processes, until a signal comes.
+
+    Args:
+        load: Loads the configuration: now, and again at each SIGHUP.
+        workers: How many.
+
+    Raises:
+        ConfigError: The configuration is wrong.
+    """
+    from ..gunicorn import Application  # it costs a fifth of a second that one process alone need not spend
+
+    _raise_descriptor_limit()
+    Application(load, workers).run()
 
 
 def _stop_or_leave(stop: Event) -> None:
@@ -235,13 +259,6 @@ def _admin_server(config: configuration.ServerConfig, disks: Disks) -> Iterator[
         raise click.ClickException(str(error)) from error
     with server:
         yield
-
-
-def _wait_for_first_answers(disks: Disks) -> None:
-    """Until every disk has answered its first probe, in whatever way, but no longer than they get."""
-    with gevent.Timeout(FIRST_ANSWERS, False):  # type: ignore[arg-type]
-        while any(disk.load.in_flight for disk in disks.status):
-            gevent.sleep(0.002)
 
 
 def _announce(config: configuration.ServerConfig, server: Server, disks: Disks) -> None:
@@ -278,22 +295,3 @@ def _raise_descriptor_limit() -> None:
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-@contextlib.contextmanager
-def _access_log(name: str | None) -> Iterator[TextIO | None]:
-    if name is None:
-        yield None
-    elif name == "-":
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        yield sys.stdout
-    else:
-        try:
-            log = open(name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed below
-        except OSError as error:
-            raise click.ClickException(f"cannot write the access log {name}: {error.strerror}") from error
-        try:
-            yield log
-        finally:
-            with contextlib.suppress(OSError):  # what could not be written before cannot be now
-                log.close()
