@@ -24,7 +24,7 @@ import msgspec
 from gevent import socket
 from gevent.pywsgi import WSGIServer
 
-from .status import StatusResource, describe
+from .status import ServerStatus, StatusResource, describe
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -58,7 +58,7 @@ def create_app(disks: Disks, *, simulate: bool) -> falcon.App[Any, Any]:
         simulate: Whether clients of the public port may simulate stalls, for the document.
     """
     app = falcon.App()
-    app.add_route("/disks", StatusResource(disks, simulate=simulate))
+    app.add_route("/disks", StatusResource(ServerStatus(disks, simulate=simulate)))
     app.add_route("/disks/{name}/offline", _OfflineResource(disks))
     app.add_route("/disks/{name}/online", _OnlineResource(disks))
     return app

@@ -23,9 +23,11 @@ from diskread import (
 )
 
 from . import config
+from .events import Events, EventsResource
 from .objects import ObjectResource
+from .page import PageResource
 from .simulate import SIMULATED, BadInput, Failed, Simulation, Status, parse
-from .status import HealthResource, MetricsResource, PageResource, ReadyResource, StatusResource
+from .status import HealthResource, MetricsResource, ReadyResource, ServerStatus, StatusResource
 
 if TYPE_CHECKING:
     from diskread import Disks
@@ -38,7 +40,9 @@ CONFIG_VARIABLE = "DISKREAD_CONFIG"
 _log = logging.getLogger("diskread.server")
 
 
-def create_app(disks: Disks | None = None, *, stalls: bool | None = None) -> falcon.App[Any, Any]:
+def create_app(
+    disks: Disks | None = None, *, stalls: bool | None = None, events: Events | None = None
+) -> falcon.App[Any, Any]:
     """Make the WSGI application.
 
     Args:
@@ -46,6 +50,8 @@ def create_app(disks: Disks | None = None, *, stalls: bool | None = None) -> fal
             one, simulated stalls only.
         stalls: Whether clients may simulate stalls (`disks` needs one called `simulated` then). None: when there is
             such a disk.
+        events: What `/events` tells, of the same disks; whoever gives them here can start them before the first client
+            comes, and end them. None: they start with the first client.
 
     Returns:
         A Falcon application.
@@ -58,12 +64,14 @@ def create_app(disks: Disks | None = None, *, stalls: bool | None = None) -> fal
         disks = config.make_disks(config.load(Path(path)) if path else config.ServerConfig())
     if stalls is None:
         stalls = SIMULATED in disks
+    status = ServerStatus(disks, simulate=stalls)
     app = falcon.App()
     app.set_error_serializer(_serialize_error)
     app.add_error_handler(DiskError, _disk_error)
     app.add_error_handler(Exception, _internal_error)
     app.add_route("/v1/{disk}/{path:path}", ObjectResource(disks))
-    app.add_route("/status", StatusResource(disks, simulate=stalls))
+    app.add_route("/status", StatusResource(status))
+    app.add_route("/events", EventsResource(events if events is not None else Events(status)))
     app.add_route("/metrics", MetricsResource(disks))
     app.add_route("/healthz", HealthResource())
     app.add_route("/readyz", ReadyResource(disks))

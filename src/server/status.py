@@ -1,11 +1,11 @@
-"""What the server tells of itself: `/`, `/status`, `/metrics`, `/healthz`, `/readyz`. Never touches a device."""
+"""What the server tells of itself: `/status`, `/metrics`, `/healthz`, `/readyz`. Never touches a device."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import time
-from importlib import metadata, resources
+from importlib import metadata
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -160,27 +160,43 @@ def fetch(address: str, timeout: float) -> StatusDocument | None:
     return document
 
 
-class StatusResource:
-    """`/status`: everything there is to know, as JSON."""
+class ServerStatus:
+    """What a server tells of itself."""
 
     def __init__(self, disks: Disks, *, simulate: bool) -> None:
-        """Tell of these disks."""
+        """Tell of these disks; the time the server has been up counts from here."""
         self._disks = disks
         self._simulate = simulate
         self._started = time.monotonic()
         self._version = version()
 
-    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
-        """Send the document."""
-        document = StatusDocument(
+    @property
+    def disks(self) -> list[DiskStatus]:
+        """All disks at this moment. Never touches a device."""
+        return self._disks.status
+
+    def document(self, disks: list[DiskStatus]) -> StatusDocument:
+        """The body of `/status` when the disks are like this."""
+        return StatusDocument(
             version=self._version,
             uptime=round(time.monotonic() - self._started, 3),
             simulate=self._simulate,
-            disks=[describe(disk) for disk in self._disks.status],
+            disks=[describe(disk) for disk in disks],
         )
+
+
+class StatusResource:
+    """`/status`: everything there is to know, as JSON."""
+
+    def __init__(self, status: ServerStatus) -> None:
+        """Tell this."""
+        self._status = status
+
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
+        """Send the document."""
         response.content_type = falcon.MEDIA_JSON
         response.cache_control = ["no-store"]
-        response.data = msgspec.json.encode(document)
+        response.data = msgspec.json.encode(self._status.document(self._status.disks))
 
     on_head = on_get
 
@@ -229,25 +245,5 @@ class ReadyResource:
         response.status = falcon.HTTP_200 if ready else falcon.HTTP_503
         response.content_type = falcon.MEDIA_TEXT
         response.text = "ready\n" if ready else "no disk takes requests\n"
-
-    on_head = on_get
-
-
-class PageResource:
-    """`/`: a page that shows the disks, live."""
-
-    def __init__(self) -> None:
-        """Load the page once, so that serving it needs no disk."""
-        self._page = resources.files("server").joinpath("static/index.html").read_bytes()
-
-    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
-        """Send the page."""
-        response.content_type = falcon.MEDIA_HTML
-        response.set_header(
-            "Content-Security-Policy",
-            "default-src 'none'; style-src 'unsafe-inline'; "
-            "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'",
-        )
-        response.data = self._page
 
     on_head = on_get

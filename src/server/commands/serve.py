@@ -20,9 +20,10 @@ from gevent.event import Event
 from .. import admin
 from .. import config as configuration
 from ..app import create_app
+from ..events import Events
 from ..listener import Server
 from ..state_log import StateLog
-from ..status import version
+from ..status import ServerStatus, version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -192,7 +193,8 @@ def run(config: configuration.ServerConfig) -> None:
     _raise_descriptor_limit()
     disks = configuration.make_disks(config)
     with _access_log(config.access_log) as log:
-        server = Server(config, create_app(disks), disks, log)
+        events = Events(ServerStatus(disks, simulate=config.stalls))
+        server = Server(config, create_app(disks, events=events), disks, log)
         stop = Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             gevent.signal_handler(number, _stop_or_leave, stop)
@@ -203,11 +205,13 @@ def run(config: configuration.ServerConfig) -> None:
         with _admin_server(config, disks):
             disks.watch()
             _wait_for_first_answers(disks)
+            events.start()
             server.start()
             _announce(config, server, disks)
             StateLog(disks)
             stop.wait()
         logging.info("the port is free again; requests under way get %g s to finish", config.drain_timeout)
+        events.close()  # who listens would do so until the end
         finished = server.drain(config.drain_timeout)
     logging.info("stopped" if finished else "stopped; some requests were cut off")
     if not finished or any(disk.load.in_flight for disk in disks.status):
