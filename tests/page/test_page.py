@@ -80,7 +80,7 @@ def make_disks(directory: Path, count: int) -> list[str]:
 
 
 def test_a_disk_hangs_and_its_card_tells(
-    browser: Chrome, faultfs: FaultFS, tmp_path: Path, start_server: StartServer, screenshot: Callable[[str], bytes]
+    browser: Chrome, start_server: StartServer, faultfs: FaultFS, tmp_path: Path, screenshot: Callable[[str], bytes]
 ) -> None:
     for name in ("x", HOSTILE):
         (faultfs.backing / name).write_bytes(b"sick" * 1000)
@@ -94,16 +94,15 @@ def test_a_disk_hangs_and_its_card_tells(
     until(lambda: (card(browser, "sick") or {})["facts"]["device"] != "–", "the latency")
     faultfs.hang()
     assert server.http(f"/v1/sick/{HOSTILE.replace(' ', '%20')}").status == 504
-    assert server.http("/v1/sick/x").status == 504
     until(lambda: state(browser, "sick") == "offline", "the card to turn")
     until(lambda: (card(browser, "sick") or {})["oldest"], "the line of what is stuck")
     shown = card(browser, "sick")
     assert shown is not None
     assert shown["place"] == 0, "what is sick comes first"
-    assert "no progress" in shown["why"] or "answered" in shown["why"], shown["why"]
+    assert "no operation has completed for 1 s" in shown["why"]
     assert " · since " in shown["why"]
-    assert shown["facts"]["stuck"] == "2"
-    assert shown["facts"]["in_flight"] == "2 of 2"
+    assert shown["facts"]["stuck"] in ("1", "2"), "one read, perhaps a probe"
+    assert shown["facts"]["in_flight"] in ("1 of 2", "2 of 2")
     assert {"online", "offline"} <= set(shown["bars"])
     assert "offline" in shown["timeline"]
     assert text(browser, "#summary") == "1 of 4 not well: sick offline."
@@ -197,7 +196,7 @@ def test_without_disks(browser: Chrome, start_server: StartServer, screenshot: C
 
 
 def test_a_phone_has_nothing_to_scroll_sideways(
-    browser: Chrome, faultfs: FaultFS, tmp_path: Path, start_server: StartServer, screenshot: Callable[[str], bytes]
+    browser: Chrome, start_server: StartServer, faultfs: FaultFS, tmp_path: Path, screenshot: Callable[[str], bytes]
 ) -> None:
     long = "directory/" + "with-a-very-long-name-and-no-place-to-break" * 4
     (faultfs.backing / "directory").mkdir()
