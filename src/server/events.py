@@ -100,7 +100,7 @@ class Events:
         """Begin to look, unless that was done. Never blocks; the greenlet belongs to this process and hub."""
         if self._looking is None and not self.closed:
             logging.getLogger("diskread").addHandler(self._slow_reads)
-            self._look()
+            self.look()
             self._looking = gevent.spawn(self._look_again_and_again)
 
     def close(self) -> None:
@@ -149,15 +149,8 @@ class Events:
         """
         return self._next.wait(timeout=wait)
 
-    def _look_again_and_again(self) -> None:
-        due = time.monotonic()
-        while True:
-            # A look that came late (a busy hub, a machine that slept) is no reason to hurry the next ones.
-            due = max(due + self._interval, time.monotonic())
-            gevent.sleep(due - time.monotonic())
-            self._look()
-
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Look at the disks now, and tell those who listen. Never blocks."""
         disks = self._status.disks
         self._document = self._status.document(disks)
         sample = self._timeline.record(self._document.uptime, disks)
@@ -170,6 +163,14 @@ class Events:
             event = self._event(b"second", [sample], self._lines[-new:] if new else [])
             told, self._next = self._next, AsyncResult()
             told.set((self._number, event))
+
+    def _look_again_and_again(self) -> None:
+        due = time.monotonic()
+        while True:
+            # A look that came late (a busy hub, a machine that slept) is no reason to hurry the next ones.
+            due = max(due + self._interval, time.monotonic())
+            gevent.sleep(due - time.monotonic())
+            self.look()
 
     def _event(self, name: bytes, samples: list[Sample], lines: list[SlowReadDocument]) -> bytes:
         assert self._document is not None

@@ -37,8 +37,9 @@ def card(browser: Chrome, name: str) -> dict[str, Any] | None:
         const place = cards.findIndex(each => each.querySelector("h2").textContent === arguments[0]);
         if (place < 0) return null;
         const one = cards[place], text = selector => one.querySelector(selector).textContent;
-        const facts = Object.fromEntries([...one.querySelectorAll("[data-fact]")].map(e => [e.dataset.fact, e.textContent]));
-        const bars = [...one.querySelectorAll("[data-state]")].filter(e => e.getAttribute("d")).map(e => e.dataset.state);
+        const all = selector => [...one.querySelectorAll(selector)];
+        const facts = Object.fromEntries(all("[data-fact]").map(each => [each.dataset.fact, each.textContent]));
+        const bars = all("[data-state]").filter(each => each.getAttribute("d")).map(each => each.dataset.state);
         return { place, state: text(".state"), why: text(".why"), facts, bars,
           oldest: one.querySelector(".oldest").getAttribute("d"), device: one.querySelector(".p99").getAttribute("d"),
           timeline: one.querySelector(".chart").getAttribute("aria-valuetext") };
@@ -91,7 +92,7 @@ def test_a_disk_hangs_and_its_card_tells(
     for _ in range(20):
         for disk in ("disk1", "disk2", "sick"):
             assert server.http(f"/v1/{disk}/x").status == 200
-    until(lambda: (card(browser, "sick") or {})["facts"]["device"] != "–", "the latency")
+    until(lambda: (card(browser, "sick") or {})["facts"]["device"].endswith("s"), "the latency")
     faultfs.hang()
     assert server.http(f"/v1/sick/{HOSTILE.replace(' ', '%20')}").status == 504
     until(lambda: state(browser, "sick") == "offline", "the card to turn")
@@ -266,17 +267,20 @@ def test_what_is_read_aloud(browser: Chrome, tmp_path: Path, start_server: Start
     assert browser.execute_script("return window.changes") == 0
     unnamed = browser.execute_script(
         "return [...document.querySelectorAll('article, [role=slider], [role=search], section, ul#disks')]"
-        ".filter(e => !e.getAttribute('aria-label') && !document.getElementById(e.getAttribute('aria-labelledby'))).length"
+        ".filter(e => !e.getAttribute('aria-label'))"
+        ".filter(e => !document.getElementById(e.getAttribute('aria-labelledby'))).length"
     )
     assert unnamed == 0
 
 
-@pytest.mark.parametrize("attack", ["document.body.innerHTML = '<b>x</b>'", "eval('1')"])
+@pytest.mark.parametrize(
+    "attack", ["document.body.innerHTML = '<b>x</b>'", "document.createElement('script').text = '1'"]
+)
 def test_the_policy_forbids_text_as_html(
     chromium: Chrome, tmp_path: Path, start_server: StartServer, attack: str
 ) -> None:
     server: ServerProcess = start_server(*make_disks(tmp_path, 1))
     chromium.get(server.url)
     outcome = chromium.execute_script(f"try {{ {attack}; return 'done' }} catch (error) {{ return error.name }}")
-    assert outcome in ("TypeError", "EvalError")
+    assert outcome == "TypeError"
     chromium.get("about:blank")
