@@ -1,5 +1,6 @@
 # make demo   see it: virtual environment, install, demo
 # make test   the whole test-suite
+# make page   the tests of the server's page, in headless Chromium
 # make bench  the benchmarks, some 11 minutes; bench-gil, bench-hotpath, ... one of them
 # make seedtable  the table of the original experiment: ten languages beside diskread; as root, half an hour
 # make lint   what CI checks besides the tests
@@ -12,7 +13,7 @@ EXTENSION = setup.py pyproject.toml $(wildcard src/diskread/*.h src/diskread/*.p
 
 BENCHMARKS = gil hotpath coldread busyhub http_files
 
-.PHONY: demo test coverage bench seedtable $(BENCHMARKS:%=bench-%) lint sanitize soak clean prerequisites
+.PHONY: demo test page coverage bench seedtable $(BENCHMARKS:%=bench-%) lint sanitize soak clean prerequisites
 
 demo: $(VENV)/.installed
 	$(RUN)diskread demo
@@ -20,6 +21,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	scripts/test-packages
 	$(RUN)python -m pytest
+
+page: $(VENV)/.installed-page
+	scripts/test-packages --page
+	$(RUN)python -m pytest tests/page
 
 coverage: $(VENV)/.installed-test
 	$(RUN)python -m pytest --cov --cov-report=term
@@ -60,6 +65,10 @@ $(VENV)/.installed: $(EXTENSION) | $(VENV)/bin/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(RUN)python -m pip install --quiet --group test
+	touch $@
+
+$(VENV)/.installed-page: $(VENV)/.installed-test
+	$(RUN)python -m pip install --quiet --group page
 	touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed

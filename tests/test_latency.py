@@ -55,3 +55,40 @@ def test_a_copy_stays_as_it_is() -> None:
     latency.record(2.0)
     assert (copy.count, copy.total) == (1, 1.0)
     assert (latency.count, latency.total) == (2, 3.0)
+
+
+@pytest.mark.parametrize(("share", "low", "high"), [(0.5, 0.0, 0.0001), (0.9, 0.05, 0.1), (1.0, 0.05, 0.1)])
+def test_a_quantile_is_in_the_bucket_of_its_rank(share: float, low: float, high: float) -> None:
+    latency = Latency()
+    for seconds in [0.00005] * 6 + [0.07] * 4:
+        latency.record(seconds)
+    found = latency.quantile(share)
+    assert found is not None
+    assert low < found <= high
+
+
+def test_quantiles_at_the_ends() -> None:
+    latency = Latency()
+    assert latency.quantile(0.5) is None
+    latency.record(1000.0)
+    assert latency.quantile(0.5) == 60.0, "more is not known"
+
+
+@given(times=st.lists(st.floats(0, 1e6), max_size=50), share=st.floats(0.001, 1))
+def test_a_quantile_is_never_beyond_the_bounds(times: list[float], share: float) -> None:
+    latency = Latency()
+    for seconds in times:
+        latency.record(seconds)
+    found = latency.quantile(share)
+    assert (found is None) == (not times)
+    assert found is None or 0 <= found <= BOUNDS[-1]
+
+
+def test_since_is_what_was_counted_meanwhile() -> None:
+    latency = Latency()
+    latency.record(1.0)
+    before = latency.copy()
+    latency.record(0.002)
+    assert latency.since(before).total == pytest.approx(0.002)
+    assert latency.since(before).count == 1
+    assert before.since(latency) == before, "another histogram: all of it is new"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 from .errors import printable
 
@@ -15,6 +17,29 @@ BURST = 10
 
 PERIOD = 10.0
 """... and the seconds in which it earns as many again."""
+
+
+@dataclass(frozen=True)
+class SlowRead:
+    """What a line of the log is about; its `LogRecord` has it as `slow_read`.
+
+    Attributes:
+        disk: Name of the disk.
+        path: Path of the file, with everything unprintable escaped; None for an operation without one.
+        kind: "slow": it is over; "stuck": it has missed its deadline and is not over; "back": it was stuck and is over.
+        bytes: Bytes that it read; for "stuck" those that it asked for.
+        queue: Seconds that it waited for a slot.
+        seconds: Seconds at the disk, for "stuck" those so far.
+        left_out: How many lines of this disk were left out before this one, to keep the log short.
+    """
+
+    disk: str
+    path: str | None
+    kind: Literal["slow", "stuck", "back"]
+    bytes: int
+    queue: float
+    seconds: float
+    left_out: int = 0
 
 
 class SlowLog:
@@ -43,17 +68,23 @@ class SlowLog:
             now: The time.
         """
         if stuck:
-            self._say(path, f"was stuck and is back: {count} bytes after {disk:.3f} s at the disk", now)
+            self._say("back", path, count, queue, disk, now)
         elif disk >= self._slow:
-            self._say(path, f"slow: {count} bytes, {queue:.3f} s in the queue, {disk:.3f} s at the disk", now)
+            self._say("slow", path, count, queue, disk, now)
 
     def stuck(self, path: bytes | None, size: int, queue: float, disk: float, *, now: float) -> None:
         """An operation that asked for `size` bytes has missed its deadline and is still inside the kernel."""
-        self._say(
-            path, f"stuck: {size} bytes asked for, {queue:.3f} s in the queue, {disk:.3f} s at the disk so far", now
-        )
+        self._say("stuck", path, size, queue, disk, now)
 
-    def _say(self, path: bytes | None, text: str, now: float) -> None:
+    def _say(
+        self,
+        kind: Literal["slow", "stuck", "back"],
+        path: bytes | None,
+        size: int,
+        queue: float,
+        disk: float,
+        now: float,
+    ) -> None:
         if self._earned != -math.inf:
             self._credit = min(BURST, self._credit + (now - self._earned) * BURST / PERIOD)
         self._earned = now
@@ -61,7 +92,18 @@ class SlowLog:
             self._unsaid += 1
             return
         self._credit -= 1
-        where = self._disk if path is None else f"{self._disk}/{printable(path)}"
-        unsaid = f" ({self._unsaid} lines like this one were left out)" if self._unsaid else ""
+        read = SlowRead(self._disk, None if path is None else printable(path), kind, size, queue, disk, self._unsaid)
         self._unsaid = 0
-        log.warning("%s %s%s", where, text, unsaid)
+        log.warning("%s", _line(read), extra={"slow_read": read})
+
+
+def _line(read: SlowRead) -> str:
+    where = read.disk if read.path is None else f"{read.disk}/{read.path}"
+    what = {
+        "slow": f"slow: {read.bytes} bytes, {read.queue:.3f} s in the queue, {read.seconds:.3f} s at the disk",
+        "stuck": f"stuck: {read.bytes} bytes asked for, {read.queue:.3f} s in the queue, "
+        f"{read.seconds:.3f} s at the disk so far",
+        "back": f"was stuck and is back: {read.bytes} bytes after {read.seconds:.3f} s at the disk",
+    }[read.kind]
+    unsaid = f" ({read.left_out} lines like this one were left out)" if read.left_out else ""
+    return f"{where} {what}{unsaid}"

@@ -24,7 +24,7 @@ import msgspec
 from gevent import socket
 from gevent.pywsgi import WSGIServer
 
-from .status import Seen, StatusResource, describe
+from .status import Seen, ServerStatus, StatusResource, describe
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -91,7 +91,7 @@ def create_app(disks: Disks, *, simulate: bool, others: Others | None = None) ->
     """
     others = Nobody(disks) if others is None else others
     app = falcon.App()
-    app.add_route("/disks", StatusResource(others.look, simulate=simulate))
+    app.add_route("/disks", StatusResource(ServerStatus(others.look, simulate=simulate)))
     app.add_route("/disks/{name}/offline", _OfflineResource(disks, others))
     app.add_route("/disks/{name}/online", _OnlineResource(disks, others))
     return app

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +23,11 @@ from diskread import (
 )
 
 from . import config
+from .events import Events, EventsResource
 from .objects import ObjectResource
+from .page import PageResource
 from .simulate import SIMULATED, BadInput, Failed, Simulation, Status, parse
-from .status import HealthResource, MetricsResource, PageResource, ReadyResource, Seen, StatusResource
+from .status import HealthResource, MetricsResource, ReadyResource, ServerStatus, StatusResource, look_at
 
 if TYPE_CHECKING:
     from diskread import Disks
@@ -42,7 +43,11 @@ _log = logging.getLogger("diskread.server")
 
 
 def create_app(
-    disks: Disks | None = None, *, stalls: bool | None = None, look: Look | None = None
+    disks: Disks | None = None,
+    *,
+    stalls: bool | None = None,
+    look: Look | None = None,
+    events: Events | None = None,
 ) -> falcon.App[Any, Any]:
     """Make the WSGI application.
 
@@ -52,6 +57,8 @@ def create_app(
         stalls: Whether clients may simulate stalls (`disks` needs one called `simulated` then). None: when there is
             such a disk.
         look: Brings the status of the disks, where this process is not the only one. None: that of `disks`.
+        events: What `/events` tells, of the same disks; whoever gives them here can start them before the first client
+            comes, and end them. None: they start with the first client.
 
     Returns:
         A Falcon application.
@@ -65,13 +72,15 @@ def create_app(
     if stalls is None:
         stalls = SIMULATED in disks
     if look is None:
-        look = partial(_look_at, disks)
+        look = look_at(disks)
+    status = ServerStatus(look, simulate=stalls)
     app = falcon.App()
     app.set_error_serializer(_serialize_error)
     app.add_error_handler(DiskError, _disk_error)
     app.add_error_handler(Exception, _internal_error)
     app.add_route("/v1/{disk}/{path:path}", ObjectResource(disks))
-    app.add_route("/status", StatusResource(look, simulate=stalls))
+    app.add_route("/status", StatusResource(status))
+    app.add_route("/events", EventsResource(events if events is not None else Events(status)))
     app.add_route("/metrics", MetricsResource(look))
     app.add_route("/healthz", HealthResource())
     app.add_route("/readyz", ReadyResource(look))
@@ -85,10 +94,6 @@ def __getattr__(name: str) -> Any:
     if name == "application":
         return create_app()
     raise AttributeError(name)
-
-
-def _look_at(disks: Disks) -> Seen:
-    return Seen(disks.status)
 
 
 class _SimulationSink:

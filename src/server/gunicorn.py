@@ -25,10 +25,12 @@ from gunicorn.workers.base import Worker as BaseWorker
 
 from . import access_log, admin, config
 from .app import CONFIG_VARIABLE, create_app
+from .events import Events
 from .first_answers import wait_for_first_answers
 from .listener import BACKLOG, Server
 from .processes import Processes, directory_of
 from .state_log import StateLog
+from .status import ServerStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +59,8 @@ class Worker(BaseWorker):
         self._open = contextlib.ExitStack()
         log = self._open.enter_context(access_log.opened(settings.access_log))
         others = self._open.enter_context(Processes(directory_of(self.ppid), self._disks))
-        app = create_app(self._disks, stalls=settings.stalls, look=others.look)
+        self._events = Events(ServerStatus(others.look, simulate=settings.stalls))
+        app = create_app(self._disks, stalls=settings.stalls, look=others.look, events=self._events)
         private = admin.create_app(self._disks, simulate=settings.stalls, others=others)
         self._public: list[Server] = []
         self._private: list[WSGIServer] = []
@@ -80,6 +83,7 @@ class Worker(BaseWorker):
             for server in (*self._public, *self._private):
                 server.start()
             StateLog(self._disks)
+            self._events.start()
             while self.alive and self.ppid == os.getppid():
                 self.notify()
                 gevent.sleep(HEARTBEAT)
@@ -89,6 +93,7 @@ class Worker(BaseWorker):
         self._disks.close()
 
     def _drain(self) -> bool:
+        self._events.close()
         for server in self._private:
             server.close()
         draining = [gevent.spawn(server.drain, float(self.cfg.graceful_timeout)) for server in self._public]

@@ -1,4 +1,4 @@
-"""What the server tells of itself: `/`, `/status`, `/metrics`, `/healthz`, `/readyz`. Never touches a device."""
+"""What the server tells of itself: `/status`, `/metrics`, `/healthz`, `/readyz`. Never touches a device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import http.client
 import time
 from dataclasses import dataclass
-from importlib import metadata, resources
+from importlib import metadata
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -21,7 +21,7 @@ from diskread.metrics import DiskCollector
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diskread import DiskStatus
+    from diskread import Disks, DiskStatus
 
     Look = Callable[[], "Seen"]
 
@@ -107,6 +107,11 @@ class Seen:
     workers: int = 1
 
 
+def look_at(disks: Disks) -> Look:
+    """A look at the disks of this process alone."""
+    return lambda: Seen(disks.status)
+
+
 def version() -> str:
     """The version of the installed package, "unknown" in a tree that was never installed."""
     try:
@@ -180,29 +185,43 @@ def fetch(address: str, timeout: float) -> StatusDocument | None:
     return document
 
 
-class StatusResource:
-    """`/status`: everything there is to know, as JSON."""
+class ServerStatus:
+    """What a server tells of itself.
+
+    Attributes:
+        look: Brings the disks at this moment. Never touches a device.
+    """
 
     def __init__(self, look: Look, *, simulate: bool) -> None:
-        """Tell what a look brings."""
-        self._look = look
+        """Tell what a look brings; the time the server has been up counts from here."""
+        self.look = look
         self._simulate = simulate
         self._started = time.monotonic()
         self._version = version()
 
-    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
-        """Send the document."""
-        seen = self._look()
-        document = StatusDocument(
+    def document(self, seen: Seen) -> StatusDocument:
+        """The body of `/status` when a look has brought this."""
+        return StatusDocument(
             version=self._version,
             uptime=round(time.monotonic() - self._started, 3),
             simulate=self._simulate,
             disks=[describe(disk) for disk in seen.disks],
             workers=seen.workers,
         )
+
+
+class StatusResource:
+    """`/status`: everything there is to know, as JSON."""
+
+    def __init__(self, status: ServerStatus) -> None:
+        """Tell this."""
+        self._status = status
+
+    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
+        """Send the document."""
         response.content_type = falcon.MEDIA_JSON
         response.cache_control = ["no-store"]
-        response.data = msgspec.json.encode(document)
+        response.data = msgspec.json.encode(self._status.document(self._status.look()))
 
     on_head = on_get
 
@@ -251,25 +270,5 @@ class ReadyResource:
         response.status = falcon.HTTP_200 if ready else falcon.HTTP_503
         response.content_type = falcon.MEDIA_TEXT
         response.text = "ready\n" if ready else "no disk takes requests\n"
-
-    on_head = on_get
-
-
-class PageResource:
-    """`/`: a page that shows the disks, live."""
-
-    def __init__(self) -> None:
-        """Load the page once, so that serving it needs no disk."""
-        self._page = resources.files("server").joinpath("static/index.html").read_bytes()
-
-    def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
-        """Send the page."""
-        response.content_type = falcon.MEDIA_HTML
-        response.set_header(
-            "Content-Security-Policy",
-            "default-src 'none'; style-src 'unsafe-inline'; "
-            "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'",
-        )
-        response.data = self._page
 
     on_head = on_get

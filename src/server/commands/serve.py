@@ -21,10 +21,11 @@ from gevent.event import Event
 from .. import access_log, admin
 from .. import config as configuration
 from ..app import create_app
+from ..events import Events
 from ..first_answers import wait_for_first_answers
 from ..listener import Server
 from ..state_log import StateLog
-from ..status import version
+from ..status import ServerStatus, look_at, version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -200,7 +201,8 @@ def run(config: configuration.ServerConfig) -> None:
     _raise_descriptor_limit()
     disks = configuration.make_disks(config)
     with access_log.opened(config.access_log) as log:
-        server = Server(config, create_app(disks), disks, log)
+        events = Events(ServerStatus(look_at(disks), simulate=config.stalls))
+        server = Server(config, create_app(disks, events=events), disks, log)
         stop = Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             gevent.signal_handler(number, _stop_or_leave, stop)
@@ -211,11 +213,13 @@ def run(config: configuration.ServerConfig) -> None:
         with _admin_server(config, disks):
             disks.watch()
             wait_for_first_answers(disks)
+            events.start()
             server.start()
             _announce(config, server, disks)
             StateLog(disks)
             stop.wait()
         logging.info("the port is free again; requests under way get %g s to finish", config.drain_timeout)
+        events.close()  # who listens would do so until the end
         finished = server.drain(config.drain_timeout)
     logging.info("stopped" if finished else "stopped; some requests were cut off")
     if not finished or any(disk.load.in_flight for disk in disks.status):
