@@ -889,7 +889,7 @@ class DiskFile:
     def as_io(self, *, deadline: float | None = None) -> RawDiskFile:
         """The file as a raw binary stream, for code that reads files: shutil, zipfile, tarfile, csv.
 
-            with disk.open("films.zip").as_io() as raw, zipfile.ZipFile(io.BufferedReader(raw, 256 * 1024)) as films:
+            with io.BufferedReader(disk.open("films.zip").as_io(), CHUNK) as stream, zipfile.ZipFile(stream) as films:
                 films.read("cat.mp4")
 
         Every read of the stream is a `read` of this file: it blocks the calling greenlet, never the hub, and raises

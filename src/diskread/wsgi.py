@@ -78,8 +78,8 @@ def send_file(
         environ: The WSGI environment of the request.
         start_response: Called once, with status and headers; not when an error is raised.
         disk: The disk.
-        path: The file, relative to the root of the disk. Whoever asks cannot leave the disk with it, but may name
-            every file on it.
+        path: The file, relative to the root of the disk. It cannot lead out of the disk, but to every file on it. Of
+            PATH_INFO, take the bytes (`.encode("latin-1")`, PEP 3333); frameworks decode it for you.
         deadline: Seconds for each visit to the disk: to open the file, and for each chunk of 256 KiB; None: that of
             the disk's limits.
         content_type: The header Content-Type; None: by the end of the file's name, without a charset.
