@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from diskread import CHUNK, DiskFileChanged
+from diskread import CHUNK, DiskFileChanged, DiskTimeout
 from diskread.raw_io import LARGEST_READ
 
 from .conftest import LARGE, SMALL, MakeDisk, descriptors, until
@@ -140,6 +140,19 @@ def test_a_stream_of_a_closed_file_is_of_no_use(file: DiskFile) -> None:
 def test_a_deadline_that_is_none_is_refused(file: DiskFile, deadline: float) -> None:
     with file, pytest.raises(ValueError, match="deadline"):
         file.as_io(deadline=deadline)
+
+
+def test_its_deadline_is_that_of_each_read(make_disk: MakeDisk) -> None:
+    disk = make_disk(threads=1)
+    with disk.open("large", size=0).as_io(deadline=0.05) as raw:
+        holder = gevent.spawn(disk.stall, 1.0)
+        until(lambda: disk.status.load.in_flight == 1, "the stall to begin")
+        for size in (10, SIZE):
+            with pytest.raises(DiskTimeout):
+                raw.read(size)
+        assert not holder.ready()
+        assert raw.tell() == 0
+        holder.get(timeout=30)
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2])
