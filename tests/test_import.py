@@ -22,6 +22,13 @@ def test_the_library_comes_without_the_server(run_script: RunScript) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "[]\nFalse\n", "")
 
 
+def test_the_wsgi_helper_comes_without_the_server(run_script: RunScript) -> None:
+    result = run_script(
+        f"import sys, diskread.wsgi\nprint([name for name in {SERVER_ONLY!r} if name in sys.modules])\n",
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "[]\n", "")
+
+
 def test_importing_starts_nothing(run_script: RunScript) -> None:
     result = run_script(
         "import os, diskread\nfrom gevent._hub_local import get_hub_if_exists\n"

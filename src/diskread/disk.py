@@ -33,6 +33,7 @@ from .inline import LIMIT, Capability, Inline, InlineStatus, capability
 from .latency import Latency  # noqa: TC001 - whoever decodes a DiskStatus looks up the types of its fields
 from .limits import Limits, check_deadline
 from .probe import OUT_OF_RESOURCES, RootLost, probe
+from .raw_io import RawDiskFile
 from .workers import Load, Workers
 
 if TYPE_CHECKING:
@@ -884,6 +885,36 @@ class DiskFile:
             check_deadline(deadline)
         stop = self._stat.size if stop is None else min(index(stop), self._stat.size)
         return self._chunks(start, stop, lambda: self._disk._ends(deadline))
+
+    def as_io(self, *, deadline: float | None = None) -> RawDiskFile:
+        """The file as a raw binary stream, for code that reads files: shutil, zipfile, tarfile, csv.
+
+            with io.BufferedReader(disk.open("films.zip").as_io(), CHUNK) as stream, zipfile.ZipFile(stream) as films:
+                films.read("cat.mp4")
+
+        Every read of the stream is a `read` of this file: it blocks the calling greenlet, never the hub, and raises
+        the same errors. What is not cached costs a visit to the disk each time, so read in large pieces: give
+        `io.BufferedReader` a buffer of 256 KiB instead of its 8 KiB where a file is read from one end to the other,
+        `shutil.copyfileobj` its third argument. A BufferedReader is for one greenlet at a time (RuntimeError for a
+        second one).
+
+        Some readers take every OSError for a defect of the file: `zipfile.ZipFile`, while it looks for the archive's
+        directory, raises BadZipFile, whose `__context__` is the DiskError then. Look before calling a file broken.
+
+        Args:
+            deadline: Seconds for each read, and for each 256 KiB of one that is larger; None: that of the disk's
+                limits.
+
+        Returns:
+            The stream, at position 0. Closing it closes this file.
+
+        Raises:
+            ValueError: The file was closed, or the deadline is none.
+        """
+        self._check_open()
+        if deadline is not None:
+            check_deadline(deadline)
+        return RawDiskFile(self, deadline)
 
     def close(self) -> None:
         """Close the file in a worker as soon as nothing reads from it any more. Never blocks."""

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import falcon
 
-from diskread import (
-    DiskBusy,
-    DiskError,
-    DiskFileForbidden,
-    DiskFileNotFound,
-    DiskFileNotRegular,
-    DiskOffline,
-    DiskPathInvalid,
-    DiskTimeout,
-)
+from diskread import DiskError, DiskOffline
+from diskread.wsgi import retry_after, status_of
 
 from . import config
 from .events import Events, EventsResource
@@ -34,10 +26,16 @@ if TYPE_CHECKING:
 
     from .status import Look
 
-RETRY_AFTER = 1
-"""Seconds after which a client that a busy disk refused may try again: a slot may be free by then."""
-
 CONFIG_VARIABLE = "DISKREAD_CONFIG"
+
+_TITLES = {
+    HTTPStatus.BAD_REQUEST: "Not a path",
+    HTTPStatus.FORBIDDEN: "The file may not be read",
+    HTTPStatus.NOT_FOUND: "No such file",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "The disk failed",
+    HTTPStatus.SERVICE_UNAVAILABLE: "The disk is busy",
+    HTTPStatus.GATEWAY_TIMEOUT: "The disk missed the deadline",
+}
 
 _log = logging.getLogger("diskread.server")
 
@@ -133,31 +131,15 @@ def _serialize_error(_request: falcon.Request, response: falcon.Response, error:
 
 def _disk_error(_request: falcon.Request, _response: falcon.Response, error: DiskError, _params: object) -> None:
     """Say in HTTP what a disk said."""
-    text = str(error)
-    if isinstance(error, (DiskBusy, DiskOffline)):
-        offline = isinstance(error, DiskOffline)
-        raise falcon.HTTPServiceUnavailable(
-            title="The disk is offline" if offline else "The disk is busy",
-            description=text,
-            retry_after=_retry_after(error),
-        ) from error
-    if isinstance(error, DiskTimeout):
-        raise falcon.HTTPGatewayTimeout(title="The disk missed the deadline", description=text) from error
-    if isinstance(error, DiskPathInvalid):
-        raise falcon.HTTPBadRequest(title="Not a path", description=text) from error
-    if isinstance(error, (DiskFileNotFound, DiskFileNotRegular)):
-        raise falcon.HTTPNotFound(title="No such file", description=text) from error
-    if isinstance(error, DiskFileForbidden):
-        raise falcon.HTTPForbidden(title="The file may not be read", description=text) from error
-    _log.error("%s", text)
-    raise falcon.HTTPInternalServerError(title="The disk failed", description=text) from error
-
-
-def _retry_after(error: DiskBusy | DiskOffline) -> int | None:
-    """Whole seconds; None when nobody knows, as with a disk that somebody has taken offline."""
-    if isinstance(error, DiskBusy):
-        return RETRY_AFTER
-    return None if error.retry_after is None else max(1, math.ceil(error.retry_after))
+    text, status, seconds = str(error), status_of(error), retry_after(error)
+    if status is HTTPStatus.INTERNAL_SERVER_ERROR:
+        _log.error("%s", text)
+    raise falcon.HTTPError(
+        status,
+        title="The disk is offline" if isinstance(error, DiskOffline) else _TITLES[status],
+        description=text,
+        headers=None if seconds is None else {"Retry-After": str(seconds)},
+    ) from error
 
 
 def _internal_error(request: falcon.Request, _response: falcon.Response, error: Exception, _params: object) -> None:

@@ -10,8 +10,9 @@ import re
 import time
 from typing import TYPE_CHECKING
 
+from diskread.wsgi import description
+
 from .head import date
-from .objects import description
 from .simulate import BadInput, Request, Simulation
 
 if TYPE_CHECKING:

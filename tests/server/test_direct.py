@@ -91,10 +91,12 @@ def test_nothing_makes_it_fail(data: bytes) -> None:
 
 
 def without_date(raw: bytes) -> tuple[bytes, list[bytes], bytes]:
+    """Status, headers and body, with nothing in them that depends on the time."""
+    raw = re.sub(rb"\r\n\r\n\d+,some_file$", b"\r\n\r\n0,some_file", raw)
     head, _, body = raw.partition(b"\r\n\r\n")
     status, *fields = head.split(b"\r\n")
     names = [re.sub(rb"^[^:]+", lambda found: found[0].lower(), each) for each in fields]
-    return status, sorted(each for each in names if not each.startswith(b"date:")), body
+    return status, sorted(each for each in names if not each.startswith((b"date:", b"content-length:"))), body
 
 
 def odd(request: bytes) -> bytes:
@@ -154,7 +156,7 @@ def test_what_cannot_be_had_at_once_is_left_to_the_application(start_server: Sta
 def test_requests_in_one_packet_are_answered_in_turn(start_server: StartServer) -> None:
     last = PLAIN.replace(b"some_file", b"last").replace(b"Host: localhost", b"Connection: close")
     (answers,) = ask(start_server, PLAIN + PLAIN.replace(b"some_file", b"second") + last + PLAIN)
-    assert re.findall(rb"0,(some_file|second|last)", answers) == [b"some_file", b"second", b"last"]
+    assert re.findall(rb"\r\n\d+,(some_file|second|last)", answers) == [b"some_file", b"second", b"last"]
 
 
 def test_a_request_that_fails_is_answered_by_the_application_and_carried_out_once(start_server: StartServer) -> None:
@@ -166,5 +168,5 @@ def test_a_request_that_fails_is_answered_by_the_application_and_carried_out_onc
         assert (response.status, response.headers["Content-Type"]) == (503, "application/json")
         assert b"offline" in response.body
         connection.send(PLAIN)
-        assert connection.response().body == b"0,some_file"
+        assert connection.response().body.endswith(b",some_file")
     assert server.disk("d1").rejections == before + 1
