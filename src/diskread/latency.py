@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass, field
 
 BOUNDS = (
@@ -53,3 +55,35 @@ class Latency:
     def copy(self) -> Latency:
         """The histogram as it is now."""
         return Latency(list(self.buckets), self.total)
+
+
+class RecentTimes:
+    """What the last few reads took, those of the last half minute. Pure: the time is passed in."""
+
+    MOST = 256
+    SECONDS = 30.0
+    REFRESH = 0.1
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._times: deque[tuple[float, float]] = deque(maxlen=self.MOST)
+        self._sorted: list[float] = []
+        self._sorted_until = -math.inf
+
+    def record(self, seconds: float, now: float) -> None:
+        """Note a time."""
+        self._times.append((now, seconds))
+
+    def forget(self) -> None:
+        """What was says nothing about what will be."""
+        self._times.clear()
+        self._sorted_until = -math.inf
+
+    def percentile(self, percent: float, now: float, *, least: int = 1) -> float | None:
+        """A percentile in seconds, as of a tenth of a second ago at worst; None when fewer than `least` are known."""
+        if now >= self._sorted_until:
+            since = now - self.SECONDS
+            self._sorted = sorted(seconds for when, seconds in self._times if when >= since)
+            self._sorted_until = now + self.REFRESH
+        count = len(self._sorted)
+        return None if count < least else self._sorted[min(count - 1, int(count * percent / 100))]
