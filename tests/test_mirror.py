@@ -103,7 +103,7 @@ def test_reads_as_a_disk_does(make_mirror: MakeMirror, roots: list[Path]) -> Non
     with pytest.raises(ValueError, match="was closed"):
         file.read()
     counts = mirror.status.counts
-    assert counts.answers.total() == counts.reads  # type: ignore[attr-defined,unused-ignore]
+    assert counts.answers.total() == counts.reads
     assert (counts.hedges, dict(counts.failovers)) == (0, {})
 
 

@@ -62,7 +62,7 @@ def create_app(disks: Disks | None = None, *, stalls: bool | None = None) -> fal
     app.set_error_serializer(_serialize_error)
     app.add_error_handler(DiskError, _disk_error)
     app.add_error_handler(Exception, _internal_error)
-    app.add_route("/v1/{disk}/{path:path}", ObjectResource(disks))
+    app.add_route("/v1/{disk}/{path:path}", ObjectResource({**disks, **disks.mirrors}))
     app.add_route("/status", StatusResource(disks, simulate=stalls))
     app.add_route("/metrics", MetricsResource(disks))
     app.add_route("/healthz", HealthResource())

@@ -17,7 +17,7 @@ from .simulate import BadInput, Request, Simulation
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from diskread import Disk
+    from diskread import Disk, Mirror
 
 # Paths that need no decoding, and headers that change nothing.
 _PATH = rb"[A-Za-z0-9._/-]{1,1024}"
@@ -31,8 +31,8 @@ _REQUEST = re.compile(
 class Direct:
     """Answers what it can."""
 
-    def __init__(self, disks: Mapping[str, Disk], simulation: Simulation) -> None:
-        """Serve these disks, by name, and the experiment."""
+    def __init__(self, disks: Mapping[str, Disk | Mirror], simulation: Simulation) -> None:
+        """Serve these disks and mirrors, by name, and the experiment."""
         self._disks = disks
         self._simulation = simulation
 

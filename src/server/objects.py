@@ -1,4 +1,7 @@
-"""Files over HTTP: `GET|HEAD /v1/DISK/PATH` with ranges and conditional requests (RFC 9110, sections 13 and 14)."""
+"""Files over HTTP: `GET|HEAD /v1/NAME/PATH` with ranges and conditional requests (RFC 9110, sections 13 and 14).
+
+NAME is that of a disk or of a mirror.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import falcon
 
-from diskread import FIRST_CHUNK, DiskFile
+from diskread import FIRST_CHUNK, Disk, DiskFile, Mirror, MirrorFile, MirrorStat
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
 
-    from diskread import Disk, FileStat
+    from diskread import FileStat
 
 _TYPES = mimetypes.MimeTypes()  # the built-in table: the one of the system is on a disk, too
 
+
+ANSWERED_BY = "Diskread-Disk"
+"""Header of what a mirror has sent: the name of the disk that answered."""
 
 _RANGE = re.compile(r"(?=-?[0-9])([0-9]{0,100})-([0-9]{0,100})")
 _CONDITIONS = frozenset(
@@ -30,13 +36,14 @@ _LARGEST_OFFSET = 2**62  # beyond the largest file there is; keeps offset plus s
 
 def description(path: bytes, stat: FileStat) -> tuple[tuple[str, str], ...]:
     """The headers that describe a file, whatever becomes of the request."""
-    return (
+    headers = (
         ("ETag", f'"{_version(stat)}"'),
         ("Last-Modified", _http_date(_seconds(stat))),
         ("Accept-Ranges", "bytes"),
         ("X-Content-Type-Options", "nosniff"),
         ("Content-Type", _content_type(path.rpartition(b"/")[2])),
     )
+    return (*headers, (ANSWERED_BY, stat.disk)) if isinstance(stat, MirrorStat) else headers
 
 
 def _version(stat: FileStat) -> str:
@@ -55,10 +62,10 @@ class Span(NamedTuple):
 
 
 class ObjectResource:
-    """The files of all disks."""
+    """The files of all disks and mirrors."""
 
-    def __init__(self, disks: Mapping[str, Disk]) -> None:
-        """Serve these disks, by name."""
+    def __init__(self, disks: Mapping[str, Disk | Mirror]) -> None:
+        """Serve these disks and mirrors, by name."""
         self._disks = disks
 
     def on_get(self, request: falcon.Request, response: falcon.Response, **_: str) -> None:
@@ -74,15 +81,23 @@ class ObjectResource:
             span = self._describe(request, response, path, file.stat, wanted)
             # What fails now is still an error with a status of its own.
             if span is None or _send_at_once(response, file, span):
+                self._name_disk(response, file)
                 file.close()
                 return
             body = Body(file)
             body.begin(span)
+            self._name_disk(response, file)
         except BaseException:
             file.close()
             raise
         response.content_length = span.stop - span.start
         response.stream = body
+
+    @staticmethod
+    def _name_disk(response: falcon.Response, file: DiskFile | MirrorFile) -> None:
+        """Say which disk of a mirror has sent the first bytes: another one perhaps than that which opened the file."""
+        if isinstance(file, MirrorFile):
+            response.set_header(ANSWERED_BY, file.disk)
 
     def on_head(self, request: falcon.Request, response: falcon.Response, **_: str) -> None:
         """Describe a file. A range does not count: it is defined for GET only."""
@@ -92,11 +107,11 @@ class ObjectResource:
         if span is not None:
             response.content_length = stat.size
 
-    def _find(self, request: falcon.Request) -> tuple[Disk, bytes]:
+    def _find(self, request: falcon.Request) -> tuple[Disk | Mirror, bytes]:
         # Paths are bytes: PATH_INFO is the decoded path, each byte as one character (PEP 3333).
         _, _, disk_name, path = request.env["PATH_INFO"].encode("latin-1").split(b"/", 3)
         disk = self._disks.get(disk_name.decode("latin-1"))
-        if disk is None or disk.root is None:
+        if disk is None or (isinstance(disk, Disk) and disk.root is None):
             raise falcon.HTTPNotFound(
                 title="No such disk", description="There is no disk of that name here; /status lists those there are."
             )
@@ -131,7 +146,7 @@ class ObjectResource:
 class Body:
     """The body of a response: closes its file also when it was never sent (PEP 3333 has servers call `close`)."""
 
-    def __init__(self, file: DiskFile) -> None:
+    def __init__(self, file: DiskFile | MirrorFile) -> None:
         """Take over an open file."""
         self.file = file
         self._chunks: Generator[bytes, None, None] | None = None
@@ -159,7 +174,7 @@ class Body:
         self.file.close()
 
 
-def _send_at_once(response: falcon.Response, file: DiskFile, span: Span) -> bool:
+def _send_at_once(response: falcon.Response, file: DiskFile | MirrorFile, span: Span) -> bool:
     """Give a small content to the response in one piece: most often the visit that opened the file has brought it.
 
     Returns:

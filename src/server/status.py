@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import math
 import time
 from importlib import metadata, resources
 from typing import TYPE_CHECKING
@@ -15,10 +16,10 @@ import msgspec
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from diskread.metrics import DiskCollector
+from diskread.metrics import DiskCollector, MirrorCollector
 
 if TYPE_CHECKING:
-    from diskread import Disks, DiskStatus
+    from diskread import Disks, DiskStatus, MirrorStatus
 
 
 class InlineDocument(msgspec.Struct):
@@ -78,6 +79,26 @@ class DiskDocument(msgspec.Struct):
     """Time to the next one; 0 while one is under way, null when none will be sent."""
 
 
+class MirrorDocument(msgspec.Struct):
+    """A mirror in `/status`; see `diskread.MirrorCounts`."""
+
+    name: str
+    disks: list[str]
+    accepting: bool
+    """Whether one of its disks takes reads."""
+    hedge_after: float | str | None
+    """Seconds, or "p95"; null stands for never."""
+    hedge_share: float
+    reads: int
+    hedges: int
+    hedges_won: int
+    hedges_refused: int
+    failovers: dict[str, int]
+    """By name of the disk that failed."""
+    answers: dict[str, int]
+    """By name of the disk that answered."""
+
+
 class StatusDocument(msgspec.Struct):
     """The body of `/status`."""
 
@@ -85,6 +106,7 @@ class StatusDocument(msgspec.Struct):
     uptime: float
     simulate: bool
     disks: list[DiskDocument]
+    mirrors: list[MirrorDocument] = []
 
 
 def version() -> str:
@@ -134,6 +156,24 @@ def describe(disk: DiskStatus) -> DiskDocument:
     )
 
 
+def describe_mirror(mirror: MirrorStatus) -> MirrorDocument:
+    """Flatten the status of a mirror."""
+    counts = mirror.counts
+    return MirrorDocument(
+        name=mirror.name,
+        disks=list(mirror.disks),
+        accepting=mirror.accepting,
+        hedge_after=None if mirror.hedge_after == math.inf else mirror.hedge_after,
+        hedge_share=mirror.hedge_share,
+        reads=counts.reads,
+        hedges=counts.hedges,
+        hedges_won=counts.hedges_won,
+        hedges_refused=counts.hedges_refused,
+        failovers={disk: counts.failovers[disk] for disk in mirror.disks},
+        answers={disk: counts.answers[disk] for disk in mirror.disks},
+    )
+
+
 def fetch(address: str, timeout: float) -> StatusDocument | None:
     """Ask a server for its status over gevent, so that other greenlets go on meanwhile.
 
@@ -177,6 +217,7 @@ class StatusResource:
             uptime=round(time.monotonic() - self._started, 3),
             simulate=self._simulate,
             disks=[describe(disk) for disk in self._disks.status],
+            mirrors=[describe_mirror(mirror) for mirror in self._disks.mirror_status],
         )
         response.content_type = falcon.MEDIA_JSON
         response.cache_control = ["no-store"]
@@ -192,6 +233,7 @@ class MetricsResource:
         """Measure these disks, and the process."""
         self._registry = CollectorRegistry()
         self._registry.register(DiskCollector(lambda: disks.status))
+        self._registry.register(MirrorCollector(lambda: disks.mirror_status))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
 
