@@ -14,6 +14,7 @@ import pytest
 
 from diskread import CHUNK, Disk, DiskBusy, DiskFileChanged, DiskFileNotFound, DiskTimeout, Limits, Mirror, State
 from tests.conftest import until
+from tests.server.raw_client import ServerProcess
 
 from .injectors import drop_cached, stuck_threads
 from .witnesses import SLACK, Callers, nothing_in_flight
@@ -314,3 +315,33 @@ def test_a_real_disk_that_stalls_before_the_first_byte(
     for number in range(8):
         assert mirror.read("f5", number * 10_000, 10_000) == expected[number * 10_000 : (number + 1) * 10_000]
     throttled.lift()
+
+
+def test_a_download_that_hangs_midway_comes_whole_from_a_server(make_pair: MakePair, tmp_path: Path) -> None:
+    pair = make_pair("--direct-io")
+    config = tmp_path / "diskread.toml"
+    lines = ["[limits]", "deadline = 4.0"]
+    lines += [f'[disk.{name}]\nroot = "{faultfs.root}"' for name, faultfs in pair.items()]
+    config.write_text("\n".join([*lines, "[mirror.m]", 'disks = ["a", "b"]', "hedge_after = 0.1"]))
+    server = ServerProcess(tmp_path, "--config", str(config))
+    try:
+        for disk in pair:
+            server.wait_for_first_answer(disk)
+        for faultfs in pair.values():  # whichever is asked first
+            faultfs.delay(0.1, range=(6 * CHUNK, 6 * CHUNK + 1))
+        with server.connect() as connection:
+            connection.send(b"GET /v1/m/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            status, headers, length = connection.head()
+            assert (status, length) == (200, len(CONTENT))
+            pair[headers["Diskread-Disk"]].hang()
+            assert connection.rest() == CONTENT
+        for _ in range(10):
+            response = server.http("/v1/m/x")
+            assert (response.status, response.body) == (200, CONTENT)
+        for faultfs in pair.values():
+            faultfs.release()
+        until(lambda: not any(disk.in_flight for disk in server.status().disks), "the stuck reads to end")
+        assert server.stop() == 0
+        assert "Traceback" not in server.said()
+    finally:
+        server.kill()
