@@ -232,8 +232,13 @@ def test_recent_times_are_those_of_the_last_half_minute() -> None:
     assert times.percentile(95, 1.0) == 0.95
     assert times.percentile(50, 1.0) == 0.5
     assert times.percentile(95, 1.0, least=101) is None
-    times.record(7.0, 20.0)
+    assert times.usual(1.0) == 0.92
+    for _ in range(8):
+        times.record(7.0, 20.0)
+    assert times.usual(20.0) == 7.0, "half of the last few are slow"
+    assert times.percentile(50, 20.0) == pytest.approx(0.54)
     assert times.percentile(50, 40.0) == 7.0
     times.forget()
+    assert times.usual(40.0) is None
     assert times.percentile(50, 40.0) is None
     assert times.percentile(50, 60.0) is None

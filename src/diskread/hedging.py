@@ -74,7 +74,7 @@ class View:
         accepting: Whether a read has a chance.
         outstanding: Reads in the kernel and in line for it.
         oldest: Seconds that the oldest read has been in the kernel.
-        usual: Seconds that a read took lately (median); None when nothing is known.
+        usual: Seconds that its last few reads took (median); None when nothing is known.
         p95: The 95th percentile of the same; None when too little is known.
     """
 

@@ -62,13 +62,15 @@ class RecentTimes:
 
     MOST = 256
     SECONDS = 30.0
+    LAST = 15
     REFRESH = 0.1
 
     def __init__(self) -> None:
         """Start with none."""
         self._times: deque[tuple[float, float]] = deque(maxlen=self.MOST)
         self._sorted: list[float] = []
-        self._sorted_until = -math.inf
+        self._usual: float | None = None
+        self._known_until = -math.inf
 
     def record(self, seconds: float, now: float) -> None:
         """Note a time."""
@@ -77,13 +79,27 @@ class RecentTimes:
     def forget(self) -> None:
         """What was says nothing about what will be."""
         self._times.clear()
-        self._sorted_until = -math.inf
+        self._known_until = -math.inf
+
+    def usual(self, now: float) -> float | None:
+        """The median of the last few in seconds, as of a tenth of a second ago at worst; None when none is known.
+
+        Of few, so that it soon tells when a disk has become slow, and when it is quick again.
+        """
+        self._bring_up_to_date(now)
+        return self._usual
 
     def percentile(self, percent: float, now: float, *, least: int = 1) -> float | None:
-        """A percentile in seconds, as of a tenth of a second ago at worst; None when fewer than `least` are known."""
-        if now >= self._sorted_until:
-            since = now - self.SECONDS
-            self._sorted = sorted(seconds for when, seconds in self._times if when >= since)
-            self._sorted_until = now + self.REFRESH
+        """A percentile of all in seconds, likewise; None when fewer than `least` are known."""
+        self._bring_up_to_date(now)
         count = len(self._sorted)
         return None if count < least else self._sorted[min(count - 1, int(count * percent / 100))]
+
+    def _bring_up_to_date(self, now: float) -> None:
+        if now >= self._known_until:
+            since = now - self.SECONDS
+            recent = [seconds for when, seconds in self._times if when >= since]
+            last = sorted(recent[-self.LAST :])
+            self._usual = last[len(last) // 2] if last else None
+            self._sorted = sorted(recent)
+            self._known_until = now + self.REFRESH

@@ -254,7 +254,7 @@ class Mirror:
             accepting=load.accepting,
             outstanding=load.in_flight + load.waiting,
             oldest=load.oldest,
-            usual=recent.percentile(50, now),
+            usual=recent.usual(now),
             p95=recent.percentile(95, now, least=ENOUGH),
         )
 
