@@ -369,7 +369,7 @@ def plot(report: Report, path: Path) -> None:
                 second = [value for each in rounds[0].phases for value in each.window_p99_ms]
                 lower.step(range(len(second)), second, where="post", color=colours[target])
             upper.set(xscale="log", yscale="log", title=FAULTS[fault][0])
-            upper.set_xticks([1, 2, 10, 100, 1000], ["0%", "50%", "90%", "99%", "99.9%"])
+            upper.set_xticks([2, 10, 100, 1000], ["50%", "90%", "99%", "99.9%"])
             lower.set(yscale="log", xlabel="seconds, first round")
             before = len(rounds[0].phase("before").window_p99_ms)
             during = len(rounds[0].phase("during").window_p99_ms)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diskread.health import State
-from diskread.hedging import BURST, GUESS, HedgeBudget, Plan, Policy, View
+from diskread.hedging import BURST, GUESS, SECOND_OPINION, HedgeBudget, Plan, Policy, View
 from diskread.latency import RecentTimes
 
 DEADLINE = 10.0
@@ -166,6 +166,13 @@ def test_no_hedge_goes_to_a_disk_that_is_not_well() -> None:
     assert outcome == ("ok", 2.0, {"a": 0.0})
 
 
+def test_a_hedge_goes_to_a_disk_that_is_late_by_a_moment_only() -> None:
+    for oldest, asked in ((0.15, True), (3.0, False)):
+        policy = policy_of({"a": View(oldest=0.2), "b": View(oldest=oldest, outstanding=9)}, 0.1, share=1)
+        outcome = carry_out(policy, {"a": Answer("ok", 2.0), "b": Answer("ok", 0.0)})
+        assert ("b" in outcome.asked, outcome.asked["a"]) == (asked, 0.0)
+
+
 @pytest.mark.parametrize("other", ["missing", "failed", "ok"])
 def test_no_such_file_is_what_all_disks_that_are_well_say(other: str) -> None:
     policy = policy_of({"a": View(), "b": View(outstanding=1)}, 0.1)
@@ -174,11 +181,13 @@ def test_no_such_file_is_what_all_disks_that_are_well_say(other: str) -> None:
 
 
 def test_no_such_file_does_not_wait_for_a_disk_that_is_not_well() -> None:
-    for view in (View(accepting=False), View(state=State.HALF_OPEN), View(oldest=1.0)):
+    for view in (View(accepting=False), View(state=State.HALF_OPEN), View(oldest=SECOND_OPINION + 0.1)):
         policy = policy_of({"a": View(), "b": view}, 0.1)
         assert carry_out(policy, {"a": Answer("missing", 0.01), "b": Answer("ok", 0.0)}) == ("missing", 0.01, {"a": 0})
     policy = policy_of({"a": View(), "b": View(outstanding=1)}, 0.1)
-    assert carry_out(policy, {"a": Answer("missing", 0.01), "b": Answer("ok", 9)}).seconds == pytest.approx(0.11)
+    outcome = carry_out(policy, {"a": Answer("missing", 0.01), "b": Answer("ok", 9)})
+    assert outcome.what == "missing"
+    assert outcome.seconds == pytest.approx(0.01 + SECOND_OPINION)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +197,8 @@ def test_no_such_file_does_not_wait_for_a_disk_that_is_not_well() -> None:
         (View(), View(state=State.SUSPECT)),
         (View(), View(state=State.HALF_OPEN)),
         (View(), View(oldest=0.2)),
+        (View(oldest=0.2), View(oldest=5.0)),
+        (View(oldest=0.2, outstanding=40, usual=0.01), View(oldest=5.0, usual=0.01)),
         (View(outstanding=50), View(oldest=0.2)),
         (View(state=State.SUSPECT), View(state=State.OFFLINE, accepting=False)),
         (View(), View(outstanding=1)),

@@ -28,6 +28,9 @@ SHORTEST_DELAY = 0.002
 GUESS = 0.05
 """Seconds: "p95" of a disk of which too little is known yet. A disk with spinning platters has answered by then."""
 
+SECOND_OPINION = 0.5
+"""Seconds that a disk has at least to know better than another one that has no such file."""
+
 ABOUT_EQUAL = 1.5
 """Disks that would need up to so many times as long as the best one take turns with it."""
 
@@ -144,9 +147,10 @@ class Policy:
             return self.hedge_after
         return GUESS if view.p95 is None else max(SHORTEST_DELAY, view.p95)
 
-    def well(self, view: View) -> bool:
-        """Whether a disk is expected to answer: it is online, and nothing on it is late."""
-        return view.accepting and view.state is State.ONLINE and view.oldest <= self.delay(view)
+    def opinion(self, view: View) -> float:
+        """Seconds to wait for this disk when another one has no such file."""
+        delay = self.delay(view)
+        return SECOND_OPINION if delay == math.inf else max(SECOND_OPINION, delay)
 
     def in_turn(self) -> list[str]:
         """The disks, beginning with another one each time."""
@@ -164,15 +168,21 @@ class Policy:
             name: (view.outstanding + 1) * max(1e-6, guess if view.usual is None else view.usual)
             for name, view in views.items()
         }
+        for name, view in views.items():
+            if self._late(view):  # by a moment, or because it hangs: how long it has been so tells them apart
+                waits[name] = max(waits[name], view.oldest)
         classes = {name: self._class(view) for name, view in views.items()}
         healthiest = [name for name in views if classes[name] == min(classes.values())]
         enough = ABOUT_EQUAL * min(waits[name] for name in healthiest)
         return next(name for name in healthiest if waits[name] <= enough)
 
+    def _late(self, view: View) -> bool:
+        return view.oldest > self.delay(view)
+
     def _class(self, view: View) -> int:
         if not view.accepting:
             return 2
-        return 0 if self.well(view) else 1
+        return 0 if view.state is State.ONLINE and not self._late(view) else 1
 
 
 class Plan:
@@ -228,7 +238,7 @@ class Plan:
             # Half of the deadline (with two disks) has gone by, or it will not answer: that is a failure.
             policy.counts.failovers[latest] += 1
             return self._ask(other, now)
-        if policy.well(policy.look(other)):
+        if _sound(policy.look(other), view.oldest, policy.delay(view)):
             if policy.budget.take():
                 policy.counts.hedges += 1
                 self._hedges.add(other)
@@ -257,11 +267,11 @@ class Plan:
         self._failed = name
 
     def not_found(self, name: str, now: float) -> None:
-        """A disk has no such file. The others have as long to know better as a read of theirs may take."""
+        """A disk has no such file. The others that are well have a moment to know better."""
         del self._pending[name]
         if self._missing_until is None:
-            delays = [self._policy.delay(self._policy.look(each)) for each in self._pending]
-            self._missing_until = self.due = min(self._ends, now + max(delays, default=0.0))
+            waits = [self._policy.opinion(self._policy.look(each)) for each in self._pending]
+            self._missing_until = self.due = min(self._ends, now + max(waits, default=0.0))
 
     def _choose(self) -> str:
         if self._first is not None:
@@ -283,12 +293,16 @@ class Plan:
     def _second_opinion(self, now: float) -> str | None:
         for name in self._unasked:
             view = self._policy.look(name)
-            if self._policy.well(view):
+            wait = self._policy.opinion(view)
+            if _sound(view, wait):
                 self._unasked.remove(name)
                 self._pending[name] = now
                 assert self._missing_until is not None
-                self.due = self._missing_until = min(
-                    self._ends, max(self._missing_until, now + self._policy.delay(view))
-                )
+                self.due = self._missing_until = min(self._ends, max(self._missing_until, now + wait))
                 return name
         return None
+
+
+def _sound(view: View, *patience: float) -> bool:
+    """Whether a disk may be expected to answer: it is online, and nothing has been stuck on it for too long."""
+    return view.accepting and view.state is State.ONLINE and view.oldest <= max(patience)
