@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,6 @@ from diskread import (
 from .conftest import until
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -275,6 +275,21 @@ def test_a_late_disk_is_hedged_and_both_answers_leave_nothing(
     for each in asking:
         with each.get() as file:
             assert file.read() == CONTENT
+
+
+def test_the_loser_is_abandoned_at_once(make_mirror: MakeMirror, roots: list[Path], gate: threading.Event) -> None:
+    mirror = make_mirror(*roots[:2], threads=1)
+    first, second = mirror.disks
+    occupy(first, gate)
+    other = threading.Event()
+    occupy(second, other)
+    reading = gevent.spawn(mirror.read, "small", deadline=2.0)
+    until(lambda: first.status.load.waiting and second.status.load.waiting, "both disks to be asked")
+    other.set()
+    assert reading.get() == b"small"
+    until(lambda: not first.status.load.waiting, "the loser to leave the line", 1.0)
+    assert first.status.counts.abandoned == 1
+    assert not gate.is_set()
 
 
 def test_it_cannot_be_made_of_nonsense(roots: list[Path]) -> None:
