@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from diskread import Disk, Disks, Limits
+from diskread import Disk, Disks, Limits, Mirror
 
 from .conftest import SMALL, until
 
@@ -57,3 +57,15 @@ def test_leaving_closes_all(root: Path) -> None:
             disk.read("small")
     until(lambda: not any(each.load.threads for each in disks.status))
     disks.close()
+
+
+def test_mirrors_are_of_these_disks_and_have_names_of_their_own(root: Path) -> None:
+    one, two, other = Disk("a", root), Disk("b", root), Disk("c", root)
+    disks = Disks([one, two], [Mirror("m", [one, two])])
+    assert list(disks) == ["a", "b"]
+    assert list(disks.mirrors) == [each.name for each in disks.mirror_status] == ["m"]
+    with pytest.raises(ValueError, match="not among"):
+        Disks([one, two], [Mirror("m", [one, other])])
+    for name in ("a", "m"):
+        with pytest.raises(ValueError, match="a name of its own"):
+            Disks([one, two], [Mirror("m", [one, two]), Mirror(name, [one, two])])

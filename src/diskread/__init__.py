@@ -24,7 +24,9 @@ from .errors import (
     DiskTimeout,
 )
 from .health import State
+from .hedging import MirrorCounts
 from .limits import Limits
+from .mirror import Mirror, MirrorFile, MirrorStat, MirrorStatus
 from .workers import Load
 
 __all__ = [
@@ -48,6 +50,11 @@ __all__ = [
     "FileStat",
     "Limits",
     "Load",
+    "Mirror",
+    "MirrorCounts",
+    "MirrorFile",
+    "MirrorStat",
+    "MirrorStatus",
     "StallTimes",
     "State",
 ]

@@ -348,6 +348,21 @@ class Disk:
         self._check(rest, self._checked_path(path))
         return first + self._take(rest)
 
+    def _read_at_once(self, path: Path, offset: int, size: int | None) -> bytes | None:
+        """A range of a file, if all of it is in the page cache. For mirrors: who gets None asks `read` of some disk."""
+        inline = self._inline
+        if not inline.on or self._root_fd < 0 or self._closed:
+            return None
+        try:
+            found = read_path(self._root_fd, path, offset, size, LIMIT, inline.window, inline.flags, inline.tally)
+        except (OverflowError, TypeError):
+            return None
+        if not isinstance(found, bytes):
+            return None
+        if inline.tally.due:
+            _give_way(inline.tally)
+        return found
+
     def read_cached(self, path: Path, largest: int = FIRST_CHUNK) -> tuple[FileStat, bytes] | None:
         """Read a whole file if that takes no worker: it is in the page cache, and small. Never blocks the hub.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass, field
 
 BOUNDS = (
@@ -86,3 +88,51 @@ class Latency:
                 return lower + (BOUNDS[index] - lower) * (rank - below) / inside
             below += inside
         return BOUNDS[-1]
+
+
+class RecentTimes:
+    """What the last few reads took, those of the last half minute. Pure: the time is passed in."""
+
+    MOST = 256
+    SECONDS = 30.0
+    LAST = 15
+    REFRESH = 0.1
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._times: deque[tuple[float, float]] = deque(maxlen=self.MOST)
+        self._sorted: list[float] = []
+        self._usual: float | None = None
+        self._known_until = -math.inf
+
+    def record(self, seconds: float, now: float) -> None:
+        """Note a time."""
+        self._times.append((now, seconds))
+
+    def forget(self) -> None:
+        """What was says nothing about what will be."""
+        self._times.clear()
+        self._known_until = -math.inf
+
+    def usual(self, now: float) -> float | None:
+        """The median of the last few in seconds, as of a tenth of a second ago at worst; None when none is known.
+
+        Of few, so that it soon tells when a disk has become slow, and when it is quick again.
+        """
+        self._bring_up_to_date(now)
+        return self._usual
+
+    def percentile(self, percent: float, now: float, *, least: int = 1) -> float | None:
+        """A percentile of all in seconds, likewise; None when fewer than `least` are known."""
+        self._bring_up_to_date(now)
+        count = len(self._sorted)
+        return None if count < least else self._sorted[min(count - 1, int(count * percent / 100))]
+
+    def _bring_up_to_date(self, now: float) -> None:
+        if now >= self._known_until:
+            since = now - self.SECONDS
+            recent = [seconds for when, seconds in self._times if when >= since]
+            last = sorted(recent[-self.LAST :])
+            self._usual = last[len(last) // 2] if last else None
+            self._sorted = sorted(recent)
+            self._known_until = now + self.REFRESH

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from .disk import DiskStatus
+    from .hedging import MirrorCounts
     from .latency import Latency
+    from .mirror import MirrorStatus
 
 _GAUGES: dict[str, tuple[str, Callable[[DiskStatus], float]]] = {
     "diskread_slots": ("Slots: reads that may be inside the kernel at a time.", lambda disk: disk.limits.threads),
@@ -55,6 +57,19 @@ _HISTOGRAMS: dict[str, tuple[str, Callable[[DiskStatus], Latency]]] = {
     "diskread_disk_seconds": ("How long operations were at the disk.", lambda disk: disk.disk_time),
 }
 
+
+_MIRROR_COUNTERS: dict[str, tuple[str, Callable[[MirrorCounts], float]]] = {
+    "diskread_mirror_reads": ("Reads that a mirror was asked for.", lambda counts: counts.reads),
+    "diskread_mirror_hedges": (
+        "Reads that were sent to another disk because the first was late.",
+        lambda counts: counts.hedges,
+    ),
+    "diskread_mirror_hedges_won": ("Hedges that answered first.", lambda counts: counts.hedges_won),
+    "diskread_mirror_hedges_refused": (
+        "Late reads that were not hedged: the share was used up.",
+        lambda counts: counts.hedges_refused,
+    ),
+}
 
 # As OpenMetrics wants numbers in labels.
 _BOUNDS: list[str] = [floatToGoString(bound) for bound in (*BOUNDS, math.inf)]  # type: ignore[no-untyped-call]
@@ -110,3 +125,34 @@ class DiskCollector(Collector):
         yield errors
         yield fallbacks
         yield state
+
+
+class MirrorCollector(Collector):
+    """Reads the metrics off the mirrors when they are asked for; never touches a device."""
+
+    def __init__(self, status: Callable[[], Iterable[MirrorStatus]]) -> None:
+        """Collect from whatever `status` returns at the time, e.g. ``lambda: disks.mirror_status``."""
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family per metric, labelled with the names of mirror and disk."""
+        mirrors = list(self._status())
+        for name, (text, value) in _MIRROR_COUNTERS.items():
+            counter = CounterMetricFamily(name, text, labels=["mirror"])
+            for mirror in mirrors:
+                counter.add_metric([mirror.name], value(mirror.counts))
+            yield counter
+        failovers = CounterMetricFamily(
+            "diskread_mirror_failovers",
+            "Reads that went on to another disk because this one failed.",
+            labels=["mirror", "disk"],
+        )
+        answers = CounterMetricFamily(
+            "diskread_mirror_answers", "Reads that this disk answered.", labels=["mirror", "disk"]
+        )
+        for mirror in mirrors:
+            for disk in mirror.disks:
+                failovers.add_metric([mirror.name, disk], mirror.counts.failovers[disk])
+                answers.add_metric([mirror.name, disk], mirror.counts.answers[disk])
+        yield failovers
+        yield answers

@@ -30,7 +30,7 @@ from .alarm import Alarm
 from .engines import new_engine
 from .errors import DiskBusy, DiskError, DiskOffline, DiskTimeout
 from .health import Health, Refusal, State
-from .latency import Latency
+from .latency import Latency, RecentTimes
 from .monitor import Monitor
 from .slots import Slots
 from .slow_log import SlowLog
@@ -218,6 +218,7 @@ class Workers:
         self._log = SlowLog(name, limits.slow)
         self.queue_time = Latency()
         self.disk_time = Latency()
+        self.recent_disk_time = RecentTimes()
 
     def run(
         self,
@@ -559,6 +560,8 @@ class Workers:
         verdict = health.state(now), health.reason(now)
         if verdict != crew.verdict:
             crew.verdict = _WELL if verdict == _WELL else verdict
+            if verdict == _WELL:
+                self.recent_disk_time.forget()  # those of the hang that is over say nothing of what comes
             if self.on_change is not None:
                 crew.hub.loop.run_callback(self.on_change, *verdict)
         crew.monitor.expect(health.next_event(now))
@@ -586,6 +589,7 @@ class Workers:
             queue, disk = visit.started - visit.asked, visit.task.seconds
             self.queue_time.record(queue)
             self.disk_time.record(disk)
+            self.recent_disk_time.record(disk, now)
             self._log.finished(visit.path, visit.task.count, queue, disk, stuck=visit.logged, now=now)
 
     def _log_stuck(self, visit: _Visit) -> None:

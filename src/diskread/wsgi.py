@@ -31,12 +31,14 @@ from .errors import (
     DiskPathInvalid,
     DiskTimeout,
 )
+from .mirror import MirrorStat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
     from .disk import Disk, DiskFile, FileStat, Path
     from .errors import DiskError
+    from .mirror import Mirror, MirrorFile
     from .ranges import Span, Wanted
 
     Environment = dict[str, Any]
@@ -45,6 +47,9 @@ if TYPE_CHECKING:
 
 RETRY_AFTER = 1
 """Seconds after which a client that a busy disk refused may try again: a slot may be free by then."""
+
+SENT_BY = "Diskread-Disk"
+"""Header of what a mirror has sent: the name of the disk that answered."""
 
 _TYPES = mimetypes.MimeTypes()  # the built-in table: the one of the system is on a disk, too
 
@@ -60,7 +65,7 @@ _STATUS: tuple[tuple[tuple[type[DiskError], ...], HTTPStatus], ...] = (
 def send_file(
     environ: Environment,
     start_response: StartResponse,
-    disk: Disk,
+    disk: Disk | Mirror,
     path: Path,
     *,
     deadline: float | None = None,
@@ -77,7 +82,8 @@ def send_file(
     Args:
         environ: The WSGI environment of the request.
         start_response: Called once, with status and headers; not when an error is raised.
-        disk: The disk.
+        disk: The disk, or a mirror: the response has a header `Diskread-Disk` then, with the name of the disk that
+            sent the first bytes.
         path: The file, relative to the root of the disk. It cannot lead out of the disk, but to every file on it. Of
             PATH_INFO, take the bytes (`.encode("latin-1")`, PEP 3333); frameworks decode it for you.
         deadline: Seconds for each visit to the disk: to open the file, and for each chunk of 256 KiB; None: that of
@@ -170,10 +176,10 @@ class Body:
         self.whole: bytes | None = data
         self._first = data
         self._rest: Generator[bytes, None, None] | None = None
-        self._file: DiskFile | None = None
+        self._file: DiskFile | MirrorFile | None = None
 
     @classmethod
-    def stream(cls, file: DiskFile, span: Span, deadline: float | None) -> Body:
+    def stream(cls, file: DiskFile | MirrorFile, span: Span, deadline: float | None) -> Body:
         """Take over an open file, and get the first chunk: what fails now can still have a status of its own."""
         chunks = file.chunks(*span, deadline=deadline)
         body = cls(next(chunks, b""))
@@ -197,7 +203,7 @@ class Body:
 
 def respond(
     environ: Environment,
-    disk: Disk,
+    disk: Disk | Mirror,
     path: Path,
     wanted: Wanted | None,
     *,
@@ -224,7 +230,7 @@ def respond(
         DiskError: As with `send_file`.
     """
     if environ["REQUEST_METHOD"] == "HEAD":
-        stat = disk.stat(path, deadline=deadline)
+        stat: FileStat = disk.stat(path, deadline=deadline)
         status, span = _decide(environ, stat, None)
         body = Body()
     else:
@@ -236,6 +242,7 @@ def respond(
             stat = file.stat
             status, span = _decide(environ, stat, wanted)
             body = Body() if span is None else _content(file, span, deadline)
+            stat = file.stat  # of a mirror, another disk may have sent the content than the one that opened the file
         except BaseException:
             file.close()
             raise
@@ -248,6 +255,7 @@ def respond(
         sent = [*described, ("Content-Length", str(span.stop - span.start))]
         if status is HTTPStatus.PARTIAL_CONTENT:
             sent.append(("Content-Range", f"bytes {span.start}-{span.stop - 1}/{stat.size}"))
+    sent.extend(sent_by(stat))
     sent.extend(headers)
     return Response(status, sent, body)
 
@@ -267,6 +275,11 @@ def description(path: bytes, stat: FileStat, kind: str | None = None) -> tuple[H
         ("X-Content-Type-Options", "nosniff"),
         ("Content-Type", type_of(path.rpartition(b"/")[2]) if kind is None else kind),
     )
+
+
+def sent_by(stat: FileStat) -> tuple[Header, ...]:
+    """The header that says which disk of a mirror has answered; none for a disk."""
+    return ((SENT_BY, stat.disk),) if isinstance(stat, MirrorStat) else ()
 
 
 @lru_cache(maxsize=1024)
@@ -299,7 +312,7 @@ def _decide(environ: Environment, stat: FileStat, wanted: Wanted | None) -> tupl
     return HTTPStatus.PARTIAL_CONTENT, span
 
 
-def _content(file: DiskFile, span: Span, deadline: float | None) -> Body:
+def _content(file: DiskFile | MirrorFile, span: Span, deadline: float | None) -> Body:
     """A small content in one piece: most often the visit that opened the file has brought it."""
     size = span.stop - span.start
     if size <= FIRST_CHUNK:

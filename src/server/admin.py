@@ -72,7 +72,7 @@ class Nobody:
 
     def look(self) -> Seen:
         """See `Others`."""
-        return Seen(self._disks.status)
+        return Seen(self._disks.status, self._disks.mirror_status)
 
     def set_offline(self, name: str, reason: str) -> None:
         """See `Others`."""

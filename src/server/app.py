@@ -76,7 +76,7 @@ def create_app(
     app.set_error_serializer(_serialize_error)
     app.add_error_handler(DiskError, _disk_error)
     app.add_error_handler(Exception, _internal_error)
-    app.add_route("/v1/{disk}/{path:path}", ObjectResource(disks))
+    app.add_route("/v1/{disk}/{path:path}", ObjectResource({**disks, **disks.mirrors}))
     app.add_route("/status", StatusResource(status))
     app.add_route("/events", EventsResource(events if events is not None else Events(status)))
     app.add_route("/metrics", MetricsResource(look))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from diskread import Disk, Disks, Limits
+from diskread import Disk, Disks, Limits, Mirror
 
 from .simulate import SIMULATED, SIMULATED_LIMITS
 
@@ -55,6 +55,14 @@ class DiskConfig(LimitsConfig, forbid_unknown_fields=True, frozen=True, kw_only=
     root: str
 
 
+class MirrorConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`[mirror.NAME]`: disks with the same content. See `diskread.Mirror`."""
+
+    disks: list[str]
+    hedge_after: float | Literal["p95"] = "p95"
+    hedge_share: float = 0.05
+
+
 class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The top of the file.
 
@@ -70,6 +78,7 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         drain_timeout: Seconds that requests under way get to finish after SIGTERM.
         limits: Limits of every disk that does not say otherwise.
         disk: The disks by name.
+        mirror: The mirrors by name.
     """
 
     host: str = "127.0.0.1"
@@ -83,6 +92,7 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     drain_timeout: float = 30.0
     limits: LimitsConfig = LimitsConfig()
     disk: dict[str, DiskConfig] = {}
+    mirror: dict[str, MirrorConfig] = {}
 
     @property
     def stalls(self) -> bool:
@@ -130,17 +140,40 @@ def check(config: ServerConfig) -> ServerConfig:
         _check_socket_path(config.admin_socket)
     limits_of(config.limits, ["limits"])
     for name, disk in config.disk.items():
-        if not _NAME.match(name):
-            raise _Wrong(
-                ["disk", name],
-                "the name of a disk is made of letters, digits, '.', '_' and '-', and does not begin with '.' or '-'",
-            )
-        if name in _RESERVED:
-            raise _Wrong(["disk", name], f"a disk cannot be called {name}: the protocols use that name")
+        _check_name("disk", name)
         if not disk.root or "\0" in disk.root:
             raise _Wrong(["disk", name, "root"], "must be a directory")
         limits_of(disk, ["disk", name], config.limits)
+    for name, mirror in config.mirror.items():
+        _check_name("mirror", name)
+        _check_mirror(config, name, mirror)
     return config
+
+
+def _check_name(kind: str, name: str) -> None:
+    if not _NAME.match(name):
+        raise _Wrong(
+            [kind, name],
+            f"the name of a {kind} is made of letters, digits, '.', '_' and '-', and does not begin with '.' or '-'",
+        )
+    if name in _RESERVED:
+        raise _Wrong([kind, name], f"a {kind} cannot be called {name}: the protocols use that name")
+
+
+def _check_mirror(config: ServerConfig, name: str, mirror: MirrorConfig) -> None:
+    keys = ["mirror", name]
+    if name in config.disk:
+        raise _Wrong(keys, f"there is a disk called {name}; a mirror needs a name of its own")
+    for disk in mirror.disks:
+        if disk not in config.disk:
+            known = ", ".join(config.disk) or "none"
+            raise _Wrong([*keys, "disks"], f"there is no disk called {disk}; there are: {known}")
+    if len(set(mirror.disks)) < max(2, len(mirror.disks)):
+        raise _Wrong([*keys, "disks"], "a mirror needs two or more disks, each of them once")
+    if mirror.hedge_after != "p95" and not mirror.hedge_after > 0:
+        raise _Wrong([*keys, "hedge_after"], f'must be a positive number of seconds or "p95", not {mirror.hedge_after}')
+    if not 0 <= mirror.hedge_share <= 1:
+        raise _Wrong([*keys, "hedge_share"], f"must be between 0 and 1, not {mirror.hedge_share}")
 
 
 def limits_of(config: LimitsConfig, keys: list[str], default: LimitsConfig | None = None) -> Limits:
@@ -166,7 +199,9 @@ def limits_of(config: LimitsConfig, keys: list[str], default: LimitsConfig | Non
 
 
 def make_disks(config: ServerConfig, workers: int = 1) -> Disks:
-    """The disks of a configuration, and the one for simulated stalls where these are on. Touches no device.
+    """The disks and mirrors of a configuration, and the disk for simulated stalls where these are on.
+
+    Touches no device.
 
     Args:
         config: The configuration, checked.
@@ -182,7 +217,17 @@ def make_disks(config: ServerConfig, workers: int = 1) -> Disks:
         if config.limits.engine is not None:
             limits = dataclasses.replace(limits, engine=config.limits.engine)
         disks.append(Disk(SIMULATED, None, _share(limits, workers)))
-    return Disks(disks)
+    by_name = {disk.name: disk for disk in disks}
+    mirrors = [
+        Mirror(
+            name,
+            [by_name[disk] for disk in mirror.disks],
+            hedge_after=mirror.hedge_after,
+            hedge_share=mirror.hedge_share,
+        )
+        for name, mirror in config.mirror.items()
+    ]
+    return Disks(disks, mirrors)
 
 
 def _share(limits: Limits, workers: int) -> Limits:
@@ -206,13 +251,15 @@ class _Wrong(ConfigError):
 
 
 def _convert(tables: dict[str, Any]) -> ServerConfig:
-    """Check types and names. Disk by disk, because msgspec does not tell under which name an error is."""
-    disks = tables.pop("disk", {})
-    if not isinstance(disks, dict):
-        raise _Wrong(["disk"], "each disk is a table of its own: [disk.NAME]")
-    converted = {name: _convert_table(disk, DiskConfig, ["disk", name]) for name, disk in disks.items()}
+    """Check types and names. Table by table, because msgspec does not tell under which name an error is."""
+    converted = {}
+    for key, kind in (("disk", DiskConfig), ("mirror", MirrorConfig)):
+        named = tables.pop(key, {})
+        if not isinstance(named, dict):
+            raise _Wrong([key], f"each {key} is a table of its own: [{key}.NAME]")
+        converted[key] = {name: _convert_table(table, kind, [key, name]) for name, table in named.items()}
     config = _convert_table(tables, ServerConfig, [])
-    replaced: ServerConfig = msgspec.structs.replace(config, disk=converted)
+    replaced: ServerConfig = msgspec.structs.replace(config, **converted)
     return replaced
 
 

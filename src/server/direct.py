@@ -10,7 +10,7 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from diskread.wsgi import description
+from diskread.wsgi import description, sent_by
 
 from .head import date
 from .simulate import BadInput, Request, Simulation
@@ -18,7 +18,7 @@ from .simulate import BadInput, Request, Simulation
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from diskread import Disk
+    from diskread import Disk, Mirror
 
 # Paths that need no decoding, and headers that change nothing.
 _PATH = rb"[A-Za-z0-9._/-]{1,1024}"
@@ -32,8 +32,8 @@ _REQUEST = re.compile(
 class Direct:
     """Answers what it can."""
 
-    def __init__(self, disks: Mapping[str, Disk], simulation: Simulation) -> None:
-        """Serve these disks, by name, and the experiment."""
+    def __init__(self, disks: Mapping[str, Disk | Mirror], simulation: Simulation) -> None:
+        """Serve these disks and mirrors, by name, and the experiment."""
         self._disks = disks
         self._simulation = simulation
 
@@ -78,7 +78,7 @@ class Direct:
         if found is None:
             return None
         stat, body = found
-        fields = "".join([f"{name}: {value}\r\n" for name, value in description(path, stat)])
+        fields = "".join([f"{name}: {value}\r\n" for name, value in (*description(path, stat), *sent_by(stat))])
         return fields.encode("ascii"), body
 
     def _simulated(self, request: Request) -> tuple[bytes, bytes] | None:

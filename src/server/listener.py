@@ -385,7 +385,7 @@ class Server(WSGIServer):
         self.draining = False
         self.logs = access_log is not None
         self._simulation = Simulation(disks, stalls=config.stalls)
-        self.direct = Direct(disks, self._simulation)
+        self.direct = Direct({**disks, **disks.mirrors}, self._simulation)
         self._idle: dict[socket.socket, float] = {}  # since when, in that order
         self._hang_up: Any = None  # gevent's watchers have no types
         self._connections = Pool(config.connections)

@@ -1,4 +1,7 @@
-"""Files over HTTP: `GET|HEAD /v1/DISK/PATH`. What is sent is up to `diskread.wsgi`; here it meets Falcon."""
+"""Files over HTTP: `GET|HEAD /v1/NAME/PATH`, NAME being that of a disk or of a mirror.
+
+What is sent is up to `diskread.wsgi`; here it meets Falcon.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import falcon
 
-from diskread import ranges, wsgi
+from diskread import Disk, ranges, wsgi
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from diskread import Disk
+    from diskread import Mirror
 
 _first_piece, _resolve, _content_type = ranges.first_piece, ranges.resolve, wsgi.type_of
 
@@ -20,7 +23,7 @@ _first_piece, _resolve, _content_type = ranges.first_piece, ranges.resolve, wsgi
 class ObjectResource:
     """The files of all disks."""
 
-    def __init__(self, disks: Mapping[str, Disk]) -> None:
+    def __init__(self, disks: Mapping[str, Disk | Mirror]) -> None:
         """Serve these disks, by name."""
         self._disks = disks
 
@@ -46,11 +49,11 @@ class ObjectResource:
         else:
             response.data = body.whole
 
-    def _find(self, request: falcon.Request) -> tuple[Disk, bytes]:
+    def _find(self, request: falcon.Request) -> tuple[Disk | Mirror, bytes]:
         # Paths are bytes: PATH_INFO is the decoded path, each byte as one character (PEP 3333).
         _, _, disk_name, path = request.env["PATH_INFO"].encode("latin-1").split(b"/", 3)
         disk = self._disks.get(disk_name.decode("latin-1"))
-        if disk is None or disk.root is None:
+        if disk is None or (isinstance(disk, Disk) and disk.root is None):
             raise falcon.HTTPNotFound(
                 title="No such disk", description="There is no disk of that name here; /status lists those there are."
             )

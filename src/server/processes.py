@@ -22,7 +22,7 @@ import gevent
 import msgspec
 from gevent import socket
 
-from diskread import Counts, DiskStatus, Load, State
+from diskread import Counts, DiskStatus, Load, MirrorCounts, MirrorStatus, State
 from diskread.inline import InlineStatus
 from diskread.latency import Latency
 
@@ -38,11 +38,12 @@ if TYPE_CHECKING:
 PATIENCE = 1.0
 """Seconds that another worker gets for its answer: one whose hub stands still is left out."""
 
-Counted = TypeVar("Counted", Load, Counts, InlineStatus)
+Counted = TypeVar("Counted", Load, Counts, InlineStatus, MirrorCounts)
 
 _WORST = (State.OFFLINE, State.HALF_OPEN, State.SUSPECT, State.ONLINE)
-_STATUSES = msgspec.msgpack.Decoder(  # JSON has no infinity
-    list[DiskStatus],
+_Status = tuple[list[DiskStatus], list[MirrorStatus]]
+_STATUSES: msgspec.msgpack.Decoder[_Status] = msgspec.msgpack.Decoder(  # JSON has no infinity
+    _Status,
     dec_hook=lambda _kind, value: Counter(value),  # the one type of them that msgspec does not know
 )
 _log = logging.getLogger("diskread.server")
@@ -79,9 +80,12 @@ class Processes:
     def look(self) -> Seen:
         """The disks as all workers together have them."""
         answers = [answer for answer in self._ask_others("GET", "/status") if answer is not None]
-        statuses = [self._disks.status, *map(_STATUSES.decode, answers)]
-        of_all = [[status for each in statuses for status in each if status.name == name] for name in self._disks]
-        return Seen([merge(each) for each in of_all], len(statuses))
+        found = [_status_of(self._disks), *map(_STATUSES.decode, answers)]
+        disks = [[disk for each, _ in found for disk in each if disk.name == name] for name in self._disks]
+        mirrors = [
+            [mirror for _, each in found for mirror in each if mirror.name == name] for name in self._disks.mirrors
+        ]
+        return Seen([merge(each) for each in disks], [merge_mirrors(each) for each in mirrors], len(found))
 
     def set_offline(self, name: str, reason: str) -> None:
         """Have the other workers take a disk offline, and those that will be started later."""
@@ -137,7 +141,11 @@ class _OwnStatus:
 
     def on_get(self, _request: falcon.Request, response: falcon.Response) -> None:
         response.content_type = falcon.MEDIA_MSGPACK
-        response.data = msgspec.msgpack.encode(self._disks.status)
+        response.data = msgspec.msgpack.encode(_status_of(self._disks))
+
+
+def _status_of(disks: Disks) -> _Status:
+    return disks.status, disks.mirror_status
 
 
 class _UnixConnection(HTTPConnection):
@@ -200,6 +208,15 @@ def merge(statuses: Sequence[DiskStatus]) -> DiskStatus:
         queue_time=_merge_times([each.queue_time for each in statuses]),
         disk_time=_merge_times([each.disk_time for each in statuses]),
         inline=_merge_inline([each.inline for each in statuses]),
+    )
+
+
+def merge_mirrors(statuses: Sequence[MirrorStatus]) -> MirrorStatus:
+    """One mirror as several workers have it."""
+    return replace(
+        statuses[0],
+        accepting=any(each.accepting for each in statuses),
+        counts=_sum_of_fields([each.counts for each in statuses]),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import math
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,13 +16,16 @@ import gevent.socket
 import msgspec
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
 
-from diskread.metrics import DiskCollector
+from diskread.metrics import DiskCollector, MirrorCollector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from diskread import Disks, DiskStatus
+    from prometheus_client.core import Metric
+
+    from diskread import Disks, DiskStatus, MirrorStatus
 
     Look = Callable[[], "Seen"]
 
@@ -83,6 +87,26 @@ class DiskDocument(msgspec.Struct):
     inline: InlineDocument | None = None
 
 
+class MirrorDocument(msgspec.Struct):
+    """A mirror in `/status`; see `diskread.MirrorCounts`."""
+
+    name: str
+    disks: list[str]
+    accepting: bool
+    """Whether one of its disks takes reads."""
+    hedge_after: float | str | None
+    """Seconds, or "p95"; null stands for never."""
+    hedge_share: float
+    reads: int
+    hedges: int
+    hedges_won: int
+    hedges_refused: int
+    failovers: dict[str, int]
+    """By name of the disk that failed."""
+    answers: dict[str, int]
+    """By name of the disk that answered."""
+
+
 class StatusDocument(msgspec.Struct):
     """The body of `/status`."""
 
@@ -90,6 +114,7 @@ class StatusDocument(msgspec.Struct):
     uptime: float
     simulate: bool
     disks: list[DiskDocument]
+    mirrors: list[MirrorDocument] = []
     workers: int = 1
     """Worker processes of which this is the sum."""
 
@@ -100,16 +125,18 @@ class Seen:
 
     Attributes:
         disks: The disks, as all worker processes together have them.
+        mirrors: The mirrors, likewise.
         workers: How many worker processes that is.
     """
 
     disks: list[DiskStatus]
+    mirrors: list[MirrorStatus]
     workers: int = 1
 
 
 def look_at(disks: Disks) -> Look:
     """A look at the disks of this process alone."""
-    return lambda: Seen(disks.status)
+    return lambda: Seen(disks.status, disks.mirror_status)
 
 
 def version() -> str:
@@ -156,6 +183,24 @@ def describe(disk: DiskStatus) -> DiskDocument:
             bytes=inline.bytes,
             fallbacks=dict(inline.fallbacks),
         ),
+    )
+
+
+def describe_mirror(mirror: MirrorStatus) -> MirrorDocument:
+    """Flatten the status of a mirror."""
+    counts = mirror.counts
+    return MirrorDocument(
+        name=mirror.name,
+        disks=list(mirror.disks),
+        accepting=mirror.accepting,
+        hedge_after=None if mirror.hedge_after == math.inf else mirror.hedge_after,
+        hedge_share=mirror.hedge_share,
+        reads=counts.reads,
+        hedges=counts.hedges,
+        hedges_won=counts.hedges_won,
+        hedges_refused=counts.hedges_refused,
+        failovers={disk: counts.failovers[disk] for disk in mirror.disks},
+        answers={disk: counts.answers[disk] for disk in mirror.disks},
     )
 
 
@@ -207,6 +252,7 @@ class ServerStatus:
             simulate=self._simulate,
             disks=[describe(disk) for disk in seen.disks],
             workers=seen.workers,
+            mirrors=[describe_mirror(mirror) for mirror in seen.mirrors],
         )
 
 
@@ -226,13 +272,25 @@ class StatusResource:
     on_head = on_get
 
 
+class _Collector(Collector):
+    """The metrics of one look."""
+
+    def __init__(self, look: Look) -> None:
+        self._look = look
+
+    def collect(self) -> Iterator[Metric]:
+        seen = self._look()
+        yield from DiskCollector(lambda: seen.disks).collect()
+        yield from MirrorCollector(lambda: seen.mirrors).collect()
+
+
 class MetricsResource:
     """`/metrics`: OpenMetrics."""
 
     def __init__(self, look: Look) -> None:
         """Measure what a look brings, and this process."""
         self._registry = CollectorRegistry()
-        self._registry.register(DiskCollector(lambda: look().disks))
+        self._registry.register(_Collector(look))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
 

@@ -1,10 +1,11 @@
-"""The disks of a server as a table for a terminal."""
+"""The disks and mirrors of a server as tables for a terminal."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -36,6 +37,33 @@ def reasons(disks: Iterable[DiskDocument]) -> Text | None:
             probe = "; a probe is under way" if disk.next_probe == 0 else probe
             lines.append(f"{disk.name}: offline for {disk.since:.0f} s: {disk.reason}{probe}")
     return Text("\n".join(lines)) if lines else None
+
+
+def tables(status: StatusDocument, title: str) -> Group:
+    """Draw all tables: the disks, and below them the mirrors where there are any."""
+    disks = disks_table(status, title)
+    return Group(disks, mirrors_table(status)) if status.mirrors else Group(disks)
+
+
+def mirrors_table(status: StatusDocument) -> Table:
+    """Draw the table of the mirrors: for each disk what it answered, and how often it was left for another."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("mirror", no_wrap=True)
+    table.add_column("disk", no_wrap=True)
+    for heading in ("answered", "fail-overs", "reads", "hedges", "won", "refused"):
+        table.add_column(heading, justify="right")
+    for mirror in status.mirrors:
+        sums = [str(each) for each in (mirror.reads, mirror.hedges, mirror.hedges_won, mirror.hedges_refused)]
+        for number, disk in enumerate(mirror.disks):
+            first = number == 0
+            table.add_row(
+                mirror.name if first else "",
+                disk,
+                str(mirror.answers.get(disk, 0)),
+                str(mirror.failovers.get(disk, 0)),
+                *(sums if first else [""] * len(sums)),
+            )
+    return table
 
 
 def disks_table(status: StatusDocument, title: str) -> Table:

@@ -126,6 +126,19 @@ def test_simulated_stalls_run_on_the_engine_of_all_disks(write: Callable[[str], 
     assert make_disks(ServerConfig())[SIMULATED].limits.engine == "threadpool"
 
 
+TWO = "[disk.a]\nroot = '/a'\n[disk.b]\nroot = '/b'\n"
+
+
+def test_mirrors_are_made_of_the_disks(write: Callable[[str], Path]) -> None:
+    text = TWO + "[mirror.m]\ndisks = ['b', 'a']\n[mirror.n]\ndisks = ['a', 'b']\nhedge_after = 1\nhedge_share = 0.5"
+    disks = make_disks(load(write(text)))
+    assert list(disks) == ["a", "b"]
+    m, n = disks.mirrors.values()
+    assert m.disks == (disks["b"], disks["a"])
+    assert (m.status.hedge_after, m.status.hedge_share) == ("p95", 0.05)
+    assert (n.status.hedge_after, n.status.hedge_share) == (1.0, 0.5)
+
+
 @pytest.mark.parametrize(
     ("text", "line", "key", "why"),
     [
@@ -173,6 +186,19 @@ def test_simulated_stalls_run_on_the_engine_of_all_disks(write: Callable[[str], 
         ("[disk.'']\nroot = '/a'", 1, "disk.", "the name of a disk is made of"),
         ("[disk.'é']\nroot = '/a'", 1, "disk.é", "the name of a disk is made of"),
         ('[disk."a\\n"]\nroot = "/a"', 1, "disk.a\n", "the name of a disk is made of"),
+        (TWO + "[mirror.m]\nhedge_after = 1", 5, "mirror.m", "the key disks is missing"),
+        (TWO + "[mirror.m]\ndisks = ['a', 'c']", 6, "mirror.m.disks", "no disk called c; there are: a, b"),
+        (TWO + "[mirror.m]\ndisks = ['a', 'a']", 6, "mirror.m.disks", "two or more disks, each of them once"),
+        (TWO + "[mirror.m]\ndisks = ['a']", 6, "mirror.m.disks", "two or more"),
+        (TWO + "[mirror.a]\ndisks = ['a', 'b']", 5, "mirror.a", "there is a disk called a"),
+        (TWO + "[mirror.v1]\ndisks = ['a', 'b']", 5, "mirror.v1", "a mirror cannot be called v1"),
+        (TWO + "[mirror.'a/b']\ndisks = ['a', 'b']", 5, "mirror.a/b", "the name of a mirror is made of"),
+        (TWO + "[mirror.m]\ndisks = ['a', 'b']\nhedge_after = 0", 7, "mirror.m.hedge_after", "positive"),
+        (TWO + "[mirror.m]\ndisks = ['a', 'b']\nhedge_after = nan", 7, "mirror.m.hedge_after", "positive"),
+        (TWO + "[mirror.m]\ndisks = ['a', 'b']\nhedge_after = 'p99'", 7, "mirror.m.hedge_after", "p99"),
+        (TWO + "[mirror.m]\ndisks = ['a', 'b']\nhedge_share = 1.5", 7, "mirror.m.hedge_share", "between 0 and 1"),
+        (TWO + "[mirror.m]\ndisks = ['a', 'b']\nshare = 1", 7, "mirror.m.share", "no such key; there are: disks,"),
+        ("mirror = 5", 1, "mirror", "[mirror.NAME]"),
         ("disk = {a = {root = '/a', threads = 0}}", 1, "disk.a.threads", "between 1 and"),
         ("disk.a.root = '/a'\ndisk.a.threads = 0", 2, "disk.a.threads", "between 1 and"),
     ],

@@ -18,10 +18,10 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from diskread import Disk, Disks, Limits, State
+from diskread import Disk, Disks, Limits, Mirror, State
 from diskread.latency import Latency
 from server.cli import main
-from server.processes import _STATUSES, Processes, directory_of, merge
+from server.processes import _STATUSES, Processes, directory_of, merge, merge_mirrors
 from tests.conftest import until
 
 from .conftest import SMALL
@@ -46,9 +46,13 @@ def status(tree: Path) -> Iterator[Disk]:
 def test_a_status_survives_the_way_to_another_process(status: Disk) -> None:
     status.read("small")
     status._counts.errors["EIO"] += 2
-    sent = [status.status]
-    (found,) = _STATUSES.decode(msgspec.msgpack.encode(sent))
-    assert found == sent[0]
+    mirror = Mirror("m", [status], hedge_after=math.inf)
+    mirror.read("small")
+    sent = [status.status], [mirror.status]
+    received = _STATUSES.decode(msgspec.msgpack.encode(sent))
+    assert received == sent
+    assert merge_mirrors([mirror.status, mirror.status]).counts.answers == {"d1": 2}
+    ((found,), _) = received
     assert isinstance(found.counts.errors, Counter)
     assert found.load.state is State.ONLINE
 

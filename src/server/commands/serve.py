@@ -162,6 +162,10 @@ def serve(path: Path | None, disks: tuple[tuple[str, str], ...], workers: int | 
       [disk.a]
       root = "/srv/a"
       threads = 16
+      [disk.b]
+      root = "/srv/b"
+      [mirror.m]
+      disks = ["a", "b"]
 
     SIGTERM and SIGINT free the port at once and let requests finish (drain); a second signal does not wait.
     Exit status: 0 after a drain, 1 when the server could not start, 2 for wrong options.
@@ -271,6 +275,8 @@ def _announce(config: configuration.ServerConfig, server: Server, disks: Disks) 
     for disk in disks.values():
         if disk.root is not None:
             logging.info("disk %s: %s, %d slots", disk.name, disk.root, disk.limits.threads)
+    for mirror in disks.mirrors.values():
+        logging.info("mirror %s: %s", mirror.name, ", ".join(disk.name for disk in mirror.disks))
     if config.admin_socket is not None:
         logging.info("administrative socket at %s: 'diskread disk --help'", config.admin_socket)
     if config.stalls:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from ..status import StatusDocument
-from ..table import disks_table
+from ..table import tables
 from .failure import CannotRun
 
 
@@ -31,7 +31,7 @@ from .failure import CannotRun
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the server's own document.")
 def status(url: str, watch: bool, interval: float, as_json: bool) -> None:
-    """Show the disks of a running server: state, slots, what is stuck, what went wrong so far.
+    """Show the disks and mirrors of a running server: state, slots, what is stuck, what went wrong so far.
 
     URL is the address of the server, http://127.0.0.1:7000 when not given.
 
@@ -55,17 +55,17 @@ def status(url: str, watch: bool, interval: float, as_json: bool) -> None:
         if watch:
             document = _watch(address, title, document, interval)
         else:
-            Console().print(disks_table(document, title))
+            Console().print(tables(document, title))
     sys.exit(0 if all(disk.accepting for disk in document.disks) else 1)
 
 
 def _watch(address: str, title: str, document: StatusDocument, interval: float) -> StatusDocument:
-    with Live(disks_table(document, title), auto_refresh=False) as live:
+    with Live(tables(document, title), auto_refresh=False) as live:
         try:
             while True:
                 time.sleep(interval)
                 document = _decode(address, _fetch(address))
-                live.update(disks_table(document, title), refresh=True)
+                live.update(tables(document, title), refresh=True)
         except KeyboardInterrupt:
             return document
 
