@@ -248,15 +248,8 @@ class Mirror:
 
     def _look(self, name: str) -> View:
         workers, now = self._disks[name]._workers, CLOCK()
-        load, recent = workers.load, workers.recent_disk_time
-        return View(
-            state=load.state,
-            accepting=load.accepting,
-            outstanding=load.in_flight + load.waiting,
-            oldest=load.oldest,
-            usual=recent.usual(now),
-            p95=recent.percentile(95, now, least=ENOUGH),
-        )
+        recent = workers.recent_disk_time
+        return View(*workers.glance(), recent.usual(now), recent.percentile(95, now, least=ENOUGH))
 
     def _answered_at_once(self, name: str) -> None:
         counts = self._policy.counts

@@ -370,6 +370,18 @@ class Workers:
             next_probe=None if self._make_probe is None else health.next_probe(now),
         )
 
+    def glance(self) -> tuple[State, bool, int, float]:
+        """State, accepting, in flight and waiting together, oldest: what `load` says of these, for less."""
+        crew = self._crew
+        if crew is None or crew.process != os.getpid():
+            return State.ONLINE, True, 0, 0.0
+        health, now = crew.health, self._clock()
+        outstanding = health.in_flight + crew.slots.waiting
+        oldest = health.oldest_age(now) if outstanding else 0.0
+        if health.well(now):
+            return State.ONLINE, True, outstanding, oldest
+        return health.state(now), health.admit(now) is None, outstanding, oldest
+
     def _crew_of_process(self) -> _Crew:
         if self._crew is None or self._crew.process != os.getpid():
             self._crew = _Crew(self._limits, self._clock, self._look)
