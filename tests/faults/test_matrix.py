@@ -18,6 +18,7 @@ What is promised follows from the row alone, and each test asserts all of it:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -94,6 +95,7 @@ class Scene:
 
     def __init__(self, fault: Fault, stack: contextlib.ExitStack, directory: Path, make_sick: MakeSick) -> None:
         self.fault = fault
+        self._pages = itertools.cycle(random.sample(range(HALF // PAGE), HALF // PAGE))
         self.injector = self._make_injector(stack, directory)
         # 64 kB/s: what is read at a time takes parts of a second, and so does what reads in between.
         limits = {"offline_after": 2.0, "idle_probe": 2.2} if fault.how == "slow" else {}
@@ -134,9 +136,13 @@ class Scene:
         assert self.disk.status.load.state is State.ONLINE
 
     def ask(self, deadline: float | None = None) -> None:
-        """Read what the fault is about. Each time another page, so that the page cache is of no help."""
+        """Read what the fault is about.
+
+        Each time another page: the page cache is of no help, and of two readers of one page only the first one's
+        request reaches the file system, the other waits for the page.
+        """
         path = "cold/x" if self.fault.where == "lookup" and self.fault.disk == "dying" else "x"
-        offset = HALF + random.randrange(HALF // PAGE) * PAGE
+        offset = HALF + next(self._pages) * PAGE
         assert self.disk.read(path, offset, PAGE, deadline=deadline) == X[offset : offset + PAGE]
 
     def ask_elsewhere(self) -> None:
