@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import ipaddress
 import logging
 import os
@@ -24,6 +25,7 @@ from ..app import create_app
 from ..events import Events
 from ..first_answers import wait_for_first_answers
 from ..listener import Server
+from ..service_manager import ServiceManager
 from ..state_log import StateLog
 from ..status import ServerStatus, look_at, version
 
@@ -168,6 +170,7 @@ def serve(path: Path | None, disks: tuple[tuple[str, str], ...], workers: int | 
       disks = ["a", "b"]
 
     SIGTERM and SIGINT free the port at once and let requests finish (drain); a second signal does not wait.
+    systemd is told with Type=notify when the server listens, and with WatchdogSec= that its hub turns.
     Exit status: 0 after a drain, 1 when the server could not start, 2 for wrong options.
     """
     names = [name for name, _ in disks]
@@ -203,6 +206,9 @@ def run(config: configuration.ServerConfig) -> None:
     """Serve until a signal comes, drain, and leave the process."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
     _raise_descriptor_limit()
+    manager = ServiceManager()
+    if manager.watchdog:
+        faulthandler.enable()  # its SIGABRT leaves in the log where the hub stood
     disks = configuration.make_disks(config)
     with access_log.opened(config.access_log) as log:
         events = Events(ServerStatus(look_at(disks), simulate=config.stalls))
@@ -221,7 +227,9 @@ def run(config: configuration.ServerConfig) -> None:
             server.start()
             _announce(config, server, disks)
             StateLog(disks)
+            manager.ready()
             stop.wait()
+            manager.stopping()
         logging.info("the port is free again; requests under way get %g s to finish", config.drain_timeout)
         events.close()  # who listens would do so until the end
         finished = server.drain(config.drain_timeout)
@@ -230,6 +238,7 @@ def run(config: configuration.ServerConfig) -> None:
         # A thread that is stuck in the kernel must not be waited for by anything on the way out.
         sys.stdout.flush()
         os._exit(0)
+    manager.close()
     disks.close()
 
 
