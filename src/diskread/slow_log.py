@@ -94,7 +94,7 @@ class SlowLog:
         self._credit -= 1
         read = SlowRead(self._disk, None if path is None else printable(path), kind, size, queue, disk, self._unsaid)
         self._unsaid = 0
-        log.warning("%s", _line(read), extra={"slow_read": read})
+        log.warning("%s", _line(read), extra={"slow_read": read, "disk": read.disk})
 
 
 def _line(read: SlowRead) -> str:

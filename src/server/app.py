@@ -129,11 +129,11 @@ def _serialize_error(_request: falcon.Request, response: falcon.Response, error:
     response.data = error.to_json()
 
 
-def _disk_error(_request: falcon.Request, _response: falcon.Response, error: DiskError, _params: object) -> None:
+def _disk_error(request: falcon.Request, _response: falcon.Response, error: DiskError, _params: object) -> None:
     """Say in HTTP what a disk said."""
     text, status, seconds = str(error), status_of(error), retry_after(error)
     if status is HTTPStatus.INTERNAL_SERVER_ERROR:
-        _log.error("%s", text)
+        _log.error("%s", text, extra=_request_id(request))
     raise falcon.HTTPError(
         status,
         title="The disk is offline" if isinstance(error, DiskOffline) else _TITLES[status],
@@ -146,5 +146,10 @@ def _internal_error(request: falcon.Request, _response: falcon.Response, error: 
     """A bug of ours: tell the log everything, the client nothing."""
     if isinstance(error, (falcon.HTTPError, falcon.HTTPStatus)):
         raise error
-    _log.error("%s %s failed", request.method, request.path, exc_info=error)
+    _log.error("%s %s failed", request.method, request.path, exc_info=error, extra=_request_id(request))
     raise falcon.HTTPInternalServerError from error
+
+
+def _request_id(request: falcon.Request) -> dict[str, Any]:
+    """What the log says of a request besides what went wrong: its id, where the server has given it one."""
+    return {"request_id": request.env.get("diskread.request_id")}

@@ -12,6 +12,7 @@ import msgspec
 
 from diskread import Disk, Disks, Limits, Mirror
 
+from .logs import LogFormat  # noqa: TC001 - msgspec reads the annotations of a Struct at run time
 from .simulate import SIMULATED, SIMULATED_LIMITS
 
 if sys.version_info >= (3, 11):
@@ -71,6 +72,7 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         port: TCP port; 0 lets the kernel choose.
         simulate: Whether clients may simulate stalls; None means: when there is no disk.
         access_log: Where to write a line per request: a file name, "-" for standard output; None for nowhere.
+        log_format: How lines of the access log and of standard error look: "text", or "json", an object each.
         admin_socket: Path of the Unix socket for `diskread disk`; None for no such socket.
         connections: Connections served at a time; more wait in the backlog.
         idle_timeout: Seconds without a byte after which a client is hung up on.
@@ -85,6 +87,7 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     port: int = 7000
     simulate: bool | None = None
     access_log: str | None = None
+    log_format: LogFormat = "text"
     admin_socket: str | None = None
     connections: int = 10_000
     idle_timeout: float = 60.0

@@ -23,7 +23,7 @@ from gevent import socket
 from gunicorn.app.base import BaseApplication
 from gunicorn.workers.base import Worker as BaseWorker
 
-from . import access_log, admin, config
+from . import access_log, admin, config, logs
 from .app import CONFIG_VARIABLE, create_app
 from .events import Events
 from .first_answers import wait_for_first_answers
@@ -54,10 +54,10 @@ class Worker(BaseWorker):
     def load_wsgi(self) -> None:
         """Make disks and servers. What goes wrong here ends gunicorn, instead of being tried again and again."""
         settings = getattr(self.app, "config", None) or _from_environment()
-        logging.basicConfig(format="%(asctime)s %(levelname)s [%(process)d] %(message)s", level=logging.INFO)
+        logs.configure(settings.log_format, several=True)
         self._disks = config.make_disks(settings, self.cfg.workers)
         self._open = contextlib.ExitStack()
-        log = self._open.enter_context(access_log.opened(settings.access_log))
+        log = self._open.enter_context(access_log.opened(settings.access_log, settings.log_format))
         others = self._open.enter_context(Processes(directory_of(self.ppid), self._disks))
         self._events = Events(ServerStatus(others.look, simulate=settings.stalls))
         app = create_app(self._disks, stalls=settings.stalls, look=others.look, events=self._events)

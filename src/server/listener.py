@@ -6,13 +6,13 @@ import contextlib
 import email.errors
 import io
 import logging
+import os
 import re
 import socket as native_socket
 import sys
 import time
-from datetime import datetime
 from http.client import HTTPException
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent import socket
@@ -25,6 +25,7 @@ from diskread.errors import printable
 from . import head
 from .direct import Direct
 from .line import LONGEST_LINE, answer
+from .logs import REQUEST_ID, request_id
 from .simulate import Failed, Simulation
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from diskread import Disks
 
     from .config import ServerConfig
+    from .logs import AccessLog
 
     Address = tuple[str, int] | Any
 
@@ -127,6 +129,9 @@ class Handler(WSGIHandler):
 
     server: Server
 
+    request_id: str | None = None
+    """Of the present request, where it is logged or its client has asked for one."""
+
     def __init__(self, sock: socket.socket, address: Address, server: Server, connection: Connection) -> None:
         """Take over a connection of which the first bytes may have been read."""
         super().__init__(sock, address, server)  # type: ignore[arg-type]  # a tuple for TCP
@@ -168,7 +173,7 @@ class Handler(WSGIHandler):
         """Answer the next request, if there is a short way to do it."""
         self._awaiting = True
         data = self._await_request()
-        if not data or self.server.logs:
+        if not data or self.server.access_log is not None:
             return False
         try:
             found = self.server.direct.answer(data, lambda: self.server.draining)
@@ -189,6 +194,7 @@ class Handler(WSGIHandler):
         """Serve one request; hang up on a client that cannot finish its head in time or in size."""
         # pywsgi would log a request that is none with what it knows of the last one.
         self.requestline, self._orig_status, self.response_length, self._unread = "", None, 0, False
+        self.request_id = None
         if self._answer_directly():
             return None if self.server.draining else True
         try:
@@ -202,8 +208,11 @@ class Handler(WSGIHandler):
         if isinstance(result, tuple):
             self.status, reply = result
             self._unread = True
+            if self.server.access_log is not None:
+                self.request_id = self.request_id or request_id()
+                reply = reply[:-2] + f"{REQUEST_ID}: {self.request_id}\r\n\r\n".encode("ascii")
             self.socket.sendall(reply)
-            self.response_length, self.time_finish = len(reply), time.time()
+            self.response_length = len(reply)
             self.log_request()
             result = None
         if result is None and self._unread:
@@ -241,6 +250,9 @@ class Handler(WSGIHandler):
             self._stop_head_timer()
             self.connection.budget = None
         self._check_headers()
+        wanted = self.headers.get(REQUEST_ID)
+        if wanted is not None or self.server.access_log is not None:
+            self.request_id = request_id(wanted)
         if self.content_length or self.headers.get("transfer-encoding"):
             self.close_connection = self._unread = True
             self.content_length = 0
@@ -307,6 +319,8 @@ class Handler(WSGIHandler):
         environ["diskread.received"] = self.received
         if self.failed is not None:
             environ["diskread.failed"], self.failed = self.failed, None
+        if self.request_id is not None:
+            environ["diskread.request_id"] = self.request_id
         return environ
 
     def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
@@ -315,25 +329,26 @@ class Handler(WSGIHandler):
             self.close_connection = True
         if self.close_connection and self.request_version == "HTTP/1.1":
             headers = [*headers, ("Connection", "close")]
+        if self.request_id is not None:
+            headers = [*headers, (REQUEST_ID, self.request_id)]
         return super().start_response(status, headers, exc_info)
 
     def handle_error(self, t: type[BaseException] | None, v: BaseException | None, tb: TracebackType | None) -> None:
         """A body that fails midway: end the connection, so that no client takes what it got for the whole."""
         if isinstance(v, DiskError):
-            _log.error("the body of %s broke off: %s", printable((self.path or "").encode("latin-1")), v)
+            path = printable((self.path or "").encode("latin-1"))
+            _log.error("the body of %s broke off: %s", path, v, extra={"request_id": self.request_id})
         elif not isinstance(v, TimeoutError):  # of the socket: the client does not take what it asked for
             super().handle_error(t, v, tb)
         self.close_connection = True
 
     def log_request(self) -> None:
-        """Write the access log; where there is none, do not even format its line."""
-        if self.server.logs:
-            with contextlib.suppress(OSError):  # a full disk is no reason not to serve the others
-                super().log_request()
-
-    def format_request(self) -> str:
-        """The line of the access log, with everything unprintable escaped."""
-        return printable(super().format_request().encode("utf-8", "backslashreplace"))
+        """Write the access log; where there is none, do not even look at what would be in it."""
+        if self.server.access_log is None:
+            return
+        status = (self._orig_status or self.status or "000").split()[0]
+        request, identifier = self.requestline or "", self.request_id or request_id()
+        self.server.log_request(self.client_address, request, status, self.response_length, self.received, identifier)
 
 
 class _Idle:
@@ -368,7 +383,7 @@ class Server(WSGIServer):
         config: ServerConfig,
         app: Callable[..., Any],
         disks: Disks,
-        access_log: TextIO | None = None,
+        access_log: AccessLog | None = None,
         listener: socket.socket | None = None,
     ) -> None:
         """Prepare; `start` binds the port and begins to accept.
@@ -377,13 +392,13 @@ class Server(WSGIServer):
             config: Address and limits.
             app: The WSGI application.
             disks: What it serves: for what is answered without the application.
-            access_log: Where to write a line per request; None for nowhere.
+            access_log: What gets a line per request; None for none.
             listener: The socket to accept on, bound and listening already; None to make one.
         """
         self.idle_timeout = config.idle_timeout
         self.request_timeout = config.request_timeout
         self.draining = False
-        self.logs = access_log is not None
+        self.access_log = access_log
         self._simulation = Simulation(disks, stalls=config.stalls)
         self.direct = Direct({**disks, **disks.mirrors}, self._simulation)
         self._idle: dict[socket.socket, float] = {}  # since when, in that order
@@ -394,7 +409,7 @@ class Server(WSGIServer):
             app,
             backlog=BACKLOG if listener is None else None,
             spawn=self._connections,
-            log=access_log,
+            log=None,  # ours has more to tell
             error_log=sys.stderr,
             environ={"SERVER_NAME": config.host},  # saves pywsgi a look-up of our own name in the DNS
         )
@@ -437,9 +452,9 @@ class Server(WSGIServer):
                 return
             reply = answer(line, self._simulation, accepted)
             sock.sendall(reply)
-            if self.logs:
-                with contextlib.suppress(OSError):
-                    self._log_line(address, line, reply, time.monotonic() - accepted)
+            if self.access_log is not None:
+                text, status = os.fsdecode(line[:LONGEST_LINE].rstrip()), reply.partition(b",")[0].decode("ascii")
+                self.log_request(address, text, status, len(reply), accepted, request_id())
             if rest or not line.endswith(b"\n"):
                 _linger(sock)
         except (OSError, gevent.Timeout):
@@ -466,11 +481,15 @@ class Server(WSGIServer):
         received, newline, rest = data.partition(b"\n")
         return received + newline, rest
 
-    def _log_line(self, address: Address, line: bytes, reply: bytes, seconds: float) -> None:
-        now = datetime.now().replace(microsecond=0)
-        request, status = printable(line[:LONGEST_LINE].rstrip()), reply.partition(b",")[0].decode("ascii")
-        host = address[0] if isinstance(address, tuple) else "-"
-        self.log.write(f'{host} - - [{now}] "{request}" {status} {len(reply)} {seconds:.6f}\n')
+    def log_request(
+        self, address: Address, request: str, status: str, length: int, since: float, identifier: str
+    ) -> None:
+        """Write a line of the access log, which there is. `since` is the time at which the request began."""
+        assert self.access_log is not None
+        client = address[0] if isinstance(address, tuple) else "-"
+        seconds = time.monotonic() - since
+        with contextlib.suppress(OSError):  # a full disk is no reason not to serve the others
+            self.access_log.write(client, request, status, length, seconds, identifier)
 
     def drain(self, timeout: float) -> bool:
         """Stop accepting and free the port now, hang up on idle clients, and let the others finish.

@@ -31,14 +31,15 @@ class StateLog:
             disk.on_change = partial(self._changed, disk.name)
 
     def _changed(self, name: str, state: State, reason: str | None) -> None:
-        now = time.monotonic()
+        now, extra = time.monotonic(), {"disk": name, "state": state.value}
         if state is State.OFFLINE:
             self._offline_since.setdefault(name, now)
-            _log.warning("disk %s is offline: %s", name, reason)
+            _log.warning("disk %s is offline: %s", name, reason, extra=extra)
         elif name in self._offline_since:
             seconds = now - self._offline_since[name]
             if state is State.HALF_OPEN:
-                _log.info("disk %s is half-open after %.1f s offline: one request at a time may try", name, seconds)
+                text = "disk %s is half-open after %.1f s offline: one request at a time may try"
+                _log.info(text, name, seconds, extra=extra)
             else:
                 del self._offline_since[name]
-                _log.info("disk %s is back online after %.1f s", name, seconds)
+                _log.info("disk %s is back online after %.1f s", name, seconds, extra=extra)

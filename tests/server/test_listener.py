@@ -374,7 +374,7 @@ def test_listens_on_ipv6(start_server: StartServer) -> None:
 
 # --- The access log ---
 
-ENTRY = re.compile(r'([\d.]+) - - \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] "(.*)" (\d+) (\d+|-) (\d+\.\d{6})\n')
+ENTRY = re.compile(r'([\d.]+) - - \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] "(.*)" (\d+) (\d+|-) (\d+\.\d{6}) ([\w.-]+)\n')
 
 
 def logged(server: ServerProcess, log: Path, request: bytes, mark: str) -> list[tuple[str, str, str]]:

@@ -25,6 +25,7 @@ from ..app import create_app
 from ..events import Events
 from ..first_answers import wait_for_first_answers
 from ..listener import Server
+from ..logs import configure
 from ..service_manager import ServiceManager
 from ..state_log import StateLog
 from ..status import ServerStatus, look_at, version
@@ -116,6 +117,12 @@ class _DiskOption(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # g
 )
 @click.option("--access-log", metavar="FILE", help="Write a line per request; - is standard output.")
 @click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    help="How lines of standard error and of the access log look: text, or a JSON object each.  "
+    f"[default: {_DEFAULT.log_format}]",
+)
+@click.option(
     "--connections",
     type=click.IntRange(1),
     help=f"Connections at a time; more wait in the backlog.  [default: {_DEFAULT.connections}]",
@@ -204,13 +211,13 @@ def _merge(path: Path | None, disks: dict[str, str], options: dict[str, Any]) ->
 
 def run(config: configuration.ServerConfig) -> None:
     """Serve until a signal comes, drain, and leave the process."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    configure(config.log_format)
     _raise_descriptor_limit()
     manager = ServiceManager()
     if manager.watchdog:
         faulthandler.enable()  # its SIGABRT leaves in the log where the hub stood
     disks = configuration.make_disks(config)
-    with access_log.opened(config.access_log) as log:
+    with access_log.opened(config.access_log, config.log_format) as log:
         events = Events(ServerStatus(look_at(disks), simulate=config.stalls))
         server = Server(config, create_app(disks, events=events), disks, log)
         stop = Event()
