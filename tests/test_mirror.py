@@ -61,10 +61,17 @@ def make_mirror(nothing_left_behind: None, engine: EngineName) -> Iterator[MakeM
     """Make mirrors of disks on the given directories; all is closed after the test."""
     made = []
 
-    def make(*roots: Path, hedge_after: float = math.inf, hedge_share: float = 0.05, **limits: Any) -> Mirror:
+    def make(
+        *roots: Path,
+        hedge_after: float = math.inf,
+        hedge_share: float = 0.05,
+        checksum_suffix: str | None = None,
+        **limits: Any,
+    ) -> Mirror:
         chosen = Limits(**{"inline": "off", "idle": 0.2, "engine": engine, **limits})
         disks = [Disk(root.name, root, chosen) for root in roots]
-        made.append(Mirror("m", disks, hedge_after=hedge_after, hedge_share=hedge_share))
+        mirror = Mirror("m", disks, hedge_after=hedge_after, hedge_share=hedge_share, checksum_suffix=checksum_suffix)
+        made.append(mirror)
         return made[-1]
 
     yield make
@@ -241,6 +248,62 @@ def test_a_file_cut_short_under_way_goes_on_from_a_copy_of_what_it_was(
             file.read(80_000, 1000)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "same_time", "goes_on"),
+    [
+        ("abc  large\n", "ABC", False, True),
+        ("abc", "abd", True, False),
+        (None, "abc", True, True),
+        ("abc", None, False, False),
+        ("", "", False, False),
+    ],
+)
+def test_checksum_files_say_which_copies_are_the_same(
+    first: str | None,
+    second: str | None,
+    same_time: bool,
+    goes_on: bool,
+    make_mirror: MakeMirror,
+    roots: list[Path],
+) -> None:
+    mirror = make_mirror(*roots[:2], checksum_suffix=".sum")
+    for number, (root, said) in enumerate(zip(roots, (first, second), strict=False)):
+        put(root, "large", CONTENT, MTIME_NS + (0 if same_time else number))
+        if said is not None:
+            (root / "large.sum").write_text(said)
+    with mirror.open("large") as file:
+        os.truncate(roots["ab".index(file.disk)] / "large", 100_000)
+        if goes_on:
+            assert b"".join(file.chunks()) == CONTENT
+        else:
+            with pytest.raises(DiskFileChanged, match="another version"):
+                list(file.chunks())
+
+
+def test_the_checksum_of_a_file_that_was_replaced_meanwhile_does_not_count(
+    make_mirror: MakeMirror, roots: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = make_mirror(*roots[:2], checksum_suffix=".sum")
+    newer = os.urandom(len(CONTENT))
+    for root in roots[:2]:
+        (root / "large.sum").write_text("old")
+    read = Disk.read
+
+    def replace_and_read(disk: Disk, path: Any, *arguments: Any, **named: Any) -> bytes:
+        for root in roots[:2]:  # just after it was opened
+            (root / "large.sum").unlink()
+            put(root, "newer", newer, MTIME_NS + 1)
+            os.replace(root / "newer", root / "large")
+            (root / "large.sum").write_text("new")
+        return read(disk, path, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "read", replace_and_read)
+        file = mirror.open("large")
+    with file, pytest.raises(DiskFileChanged, match="another version"):
+        file._read_on(next(disk for disk in mirror.disks if disk.name != file.disk), 0, 10, 5.0)
+
+
 def test_a_stream_that_is_dropped_leaves_nothing(make_mirror: MakeMirror, roots: list[Path]) -> None:
     mirror = make_mirror(*roots)
     file = mirror.open("large")
@@ -301,6 +364,9 @@ def test_it_cannot_be_made_of_nonsense(roots: list[Path]) -> None:
         Mirror("m", [disk], hedge_after=0)
     with pytest.raises(ValueError, match="deadline"):
         Mirror("m", [disk]).read("small", deadline=0)
+    for suffix in ("", "/sum", "\0"):
+        with pytest.raises(ValueError, match="suffix"):
+            Mirror("m", [disk], checksum_suffix=suffix)
 
 
 def test_it_is_not_for_the_hub(make_mirror: MakeMirror, roots: list[Path]) -> None:

@@ -41,6 +41,9 @@ FAILURES = (DiskOffline, DiskBusy, DiskIOError, DiskTimeout, DiskFileChanged)
 SHORTEST_ATTEMPT = 0.001
 """Seconds: a deadline must not be 0, and the plan's own is what counts."""
 
+LONGEST_CHECKSUM = 4096
+"""Bytes of a checksum file that are read. 128 hexadecimal digits are SHA-512; the name of the file may follow."""
+
 ENOUGH = 20
 """Recent reads of a disk that a 95th percentile needs to mean anything."""
 
@@ -54,6 +57,24 @@ class MirrorStat(FileStat):
     """
 
     disk: str
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What has to be the same on two disks before one goes on where the other has stopped."""
+
+    size: int
+    mtime_ns: int
+    checksum: str | None
+
+    def same_as(self, other: _Version) -> bool:
+        if self.checksum is None or other.checksum is None:
+            return (self.size, self.mtime_ns) == (other.size, other.mtime_ns)
+        return (self.size, self.checksum) == (other.size, other.checksum)
+
+    def __str__(self) -> str:
+        told = "" if self.checksum is None else f", checksum {printable(self.checksum.encode()[:64])}"
+        return f"{self.size} bytes, modified at {self.mtime_ns} ns{told}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +119,13 @@ class Mirror:
     """
 
     def __init__(
-        self, name: str, disks: Iterable[Disk], *, hedge_after: HedgeAfter = "p95", hedge_share: float = 0.05
+        self,
+        name: str,
+        disks: Iterable[Disk],
+        *,
+        hedge_after: HedgeAfter = "p95",
+        hedge_share: float = 0.05,
+        checksum_suffix: str | None = None,
     ) -> None:
         """Describe a mirror. Touches no device.
 
@@ -109,10 +136,16 @@ class Mirror:
                 percentile of what the disk's own reads took lately (50 ms while too little is known, 2 ms at least).
                 `math.inf` never does.
             hedge_share: Hedges per read at most, from 0 to 1, whatever the rate of reads; fail-overs do not count.
+            checksum_suffix: ".sha256" or the like: beside each file there is one of that name with this at its end,
+                whose first word is the checksum of the file. Where both disks have it, a stream goes on from the other
+                disk if size and checksum are the same, whatever the modification times; otherwise these count. The
+                checksum of what was read is not computed. Who replaces a file has to remove its checksum file before,
+                and write the new one after it. It costs two more visits for each file that is larger than the first
+                piece, where the checksum file is not in the page cache.
 
         Raises:
-            ValueError: An empty name, no disk, the same disk (or name of a disk) twice, a disk without files, or a
-                number out of its range.
+            ValueError: An empty name, no disk, the same disk (or name of a disk) twice, a disk without files, a
+                number out of its range, or a suffix that is empty or contains "/" or NUL.
         """
         if not name:
             raise ValueError("a mirror needs a name")
@@ -122,7 +155,10 @@ class Mirror:
             raise ValueError(f"mirror {name} needs disks of different names")
         if any(disk.root is None for disk in listed):
             raise ValueError(f"mirror {name} has a disk without files")
+        if checksum_suffix is not None and (not checksum_suffix or set(checksum_suffix) & {"/", "\0"}):
+            raise ValueError(f"mirror {name} needs a suffix like .sha256 for checksum files, not {checksum_suffix!r}")
         self._name = name
+        self._checksum_suffix = None if checksum_suffix is None else os.fsencode(checksum_suffix)
         self._hedge_share = hedge_share
         self._policy = Policy(self._disks, self._look, hedge_after, hedge_share)
         self._deadline = min(disk.limits.deadline for disk in listed)
@@ -199,12 +235,10 @@ class Mirror:
         Raises:
             DiskError: As the class says.
         """
-
-        def visit(disk: Disk, left: float) -> DiskFile:
-            return disk.open(path, offset=offset, size=size, deadline=left)
-
-        name, file = self._ask(visit, self._ends(deadline), discard=DiskFile.close)
-        return MirrorFile(self, os.fsencode(path), name, file)
+        name, (file, version) = self._ask(
+            lambda disk, left: self._open_on(disk, path, offset, size, left), self._ends(deadline), discard=_discard
+        )
+        return MirrorFile(self, os.fsencode(path), name, file, version)
 
     def stat(self, path: Path, *, deadline: float | None = None) -> MirrorStat:
         """Size and modification time of a regular file, and which disk said so.
@@ -246,6 +280,22 @@ class Mirror:
     def _ends(self, deadline: float | None) -> float:
         return CLOCK() + (self._deadline if deadline is None else check_deadline(deadline))
 
+    def _open_on(self, disk: Disk, path: Path, offset: int, size: int, left: float) -> tuple[DiskFile, _Version]:
+        """Open a file on one disk, and find out which version of it that is."""
+        ends, suffix = CLOCK() + left, self._checksum_suffix
+        file = disk.open(path, offset=offset, size=size, deadline=left)
+        checksum = None
+        if suffix is not None and file._descriptor >= 0:  # else all of it is in memory: nothing can go on elsewhere
+            try:
+                checksum = _checksum(disk, os.fsencode(path) + suffix, max(SHORTEST_ATTEMPT, ends - CLOCK()))
+                now = disk.stat(path, deadline=max(SHORTEST_ATTEMPT, ends - CLOCK()))
+            except BaseException:
+                file.close()
+                raise
+            if now != file.stat:  # it was replaced after it was opened: the checksum may be that of the other one
+                checksum = None
+        return file, _Version(file.stat.size, file.stat.mtime_ns, checksum)
+
     def _look(self, name: str) -> View:
         workers, now = self._disks[name]._workers, CLOCK()
         recent = workers.recent_disk_time
@@ -272,11 +322,12 @@ class MirrorFile:
     """An open file of a mirror. Made by `Mirror.open`; close it with `close` or a `with` block.
 
     It is read from the disk that opened it as long as that answers, then from another one on which size and
-    modification time (to the nanosecond) are the same. Where they are not, the bytes of two versions would be mixed:
+    modification time (to the nanosecond), or checksum file, are the same. Where they are not, the bytes of two versions
+    would be mixed:
     `DiskFileChanged` is raised instead, if the first disk does not answer after all.
     """
 
-    def __init__(self, mirror: Mirror, path: bytes, disk: str, file: DiskFile) -> None:
+    def __init__(self, mirror: Mirror, path: bytes, disk: str, file: DiskFile, version: _Version) -> None:
         """For `Mirror.open` only.
 
         Args:
@@ -284,13 +335,14 @@ class MirrorFile:
             path: Its path.
             disk: Name of the disk that opened it.
             file: What that disk opened; taken over.
+            version: Which version of it that is.
         """
         self._mirror = mirror
         self._path = path
         self._disk = disk
         # One for each disk that it was read from; what was opened once is kept until the end.
         self._files = {disk: file}
-        self._size, self._mtime_ns = file.stat.size, file.stat.mtime_ns
+        self._size, self._version = file.stat.size, version
         self._streaming = False
         self._closed = False
 
@@ -302,7 +354,7 @@ class MirrorFile:
     @property
     def stat(self) -> MirrorStat:
         """Size and modification time when the file was opened, and which disk answered last. Touches no device."""
-        return MirrorStat(self._size, self._mtime_ns, 0, 0, self._disk)
+        return MirrorStat(self._size, self._version.mtime_ns, 0, 0, self._disk)
 
     def read(self, offset: int = 0, size: int | None = None, *, deadline: float | None = None) -> bytes:
         """Read a range.
@@ -448,17 +500,13 @@ class MirrorFile:
     def _open_on(self, disk: Disk, offset: int, size: int, left: float) -> DiskFile:
         """The same version of the file on another disk."""
         try:
-            file = disk.open(self._path, offset=offset, size=size, deadline=left)
+            file, version = self._mirror._open_on(disk, self._path, offset, size, left)
         except (DiskFileNotFound, DiskFileForbidden, DiskFileNotRegular) as error:
             raise DiskFileChanged(disk.name, self._path, f"not the file that was opened: {error.reason}") from error
-        if (file.stat.size, file.stat.mtime_ns) != (self._size, self._mtime_ns):
+        if not version.same_as(self._version):
             file.close()
-            raise DiskFileChanged(
-                disk.name,
-                self._path,
-                f"another version than the one that was opened: {file.stat.size} bytes and modified at "
-                f"{file.stat.mtime_ns} ns, not {self._size} and {self._mtime_ns}",
-            )
+            reason = f"another version than the one that was opened: {version}; not {self._version}"
+            raise DiskFileChanged(disk.name, self._path, reason)
         if self._closed or disk.name in self._files:  # meanwhile, by others that use this file
             file.close()
             self._check_open()
@@ -557,6 +605,18 @@ class _Race(Generic[Answer]):
             if answer is not None and self._discard is not None:
                 self._discard(answer)
         self._errors = []
+
+
+def _checksum(disk: Disk, path: bytes, deadline: float) -> str | None:
+    try:
+        words = disk.read(path, 0, LONGEST_CHECKSUM, deadline=deadline).split(maxsplit=1)
+    except (DiskFileNotFound, DiskFileForbidden, DiskFileNotRegular):
+        return None
+    return words[0].decode("utf-8", "replace").lower() if words else None
+
+
+def _discard(opened: tuple[DiskFile, _Version]) -> None:
+    opened[0].close()
 
 
 def _stat(stat: FileStat, disk: str) -> MirrorStat:

@@ -62,6 +62,7 @@ class MirrorConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     disks: list[str]
     hedge_after: float | Literal["p95"] = "p95"
     hedge_share: float = 0.05
+    checksum_suffix: str | None = None
 
 
 class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -177,6 +178,9 @@ def _check_mirror(config: ServerConfig, name: str, mirror: MirrorConfig) -> None
         raise _Wrong([*keys, "hedge_after"], f'must be a positive number of seconds or "p95", not {mirror.hedge_after}')
     if not 0 <= mirror.hedge_share <= 1:
         raise _Wrong([*keys, "hedge_share"], f"must be between 0 and 1, not {mirror.hedge_share}")
+    suffix = mirror.checksum_suffix
+    if suffix is not None and (not suffix or set(suffix) & {"/", "\0"}):
+        raise _Wrong([*keys, "checksum_suffix"], f'must be the end of a file name, like ".sha256", not {suffix!r}')
 
 
 def limits_of(config: LimitsConfig, keys: list[str], default: LimitsConfig | None = None) -> Limits:
@@ -227,6 +231,7 @@ def make_disks(config: ServerConfig, workers: int = 1) -> Disks:
             [by_name[disk] for disk in mirror.disks],
             hedge_after=mirror.hedge_after,
             hedge_share=mirror.hedge_share,
+            checksum_suffix=mirror.checksum_suffix,
         )
         for name, mirror in config.mirror.items()
     ]

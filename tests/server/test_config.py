@@ -197,6 +197,7 @@ def test_mirrors_are_made_of_the_disks(write: Callable[[str], Path]) -> None:
         (TWO + "[mirror.m]\ndisks = ['a', 'b']\nhedge_after = nan", 7, "mirror.m.hedge_after", "positive"),
         (TWO + "[mirror.m]\ndisks = ['a', 'b']\nhedge_after = 'p99'", 7, "mirror.m.hedge_after", "p99"),
         (TWO + "[mirror.m]\ndisks = ['a', 'b']\nhedge_share = 1.5", 7, "mirror.m.hedge_share", "between 0 and 1"),
+        (TWO + "[mirror.m]\ndisks = ['a', 'b']\nchecksum_suffix = '/'", 7, "mirror.m.checksum_suffix", ".sha256"),
         (TWO + "[mirror.m]\ndisks = ['a', 'b']\nshare = 1", 7, "mirror.m.share", "no such key; there are: disks,"),
         ("mirror = 5", 1, "mirror", "[mirror.NAME]"),
         ("disk = {a = {root = '/a', threads = 0}}", 1, "disk.a.threads", "between 1 and"),
