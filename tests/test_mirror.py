@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import threading
@@ -24,6 +25,7 @@ from diskread import (
     Limits,
     Mirror,
 )
+from diskread.mirror import MirrorFile
 
 from .conftest import until
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from diskread.limits import EngineName
+    from diskread.raw_io import RawDiskFile
 
 CONTENT = os.urandom(3 * CHUNK + 17)
 MTIME_NS = 1_700_000_000_123_456_789
@@ -246,6 +249,24 @@ def test_a_file_cut_short_under_way_goes_on_from_a_copy_of_what_it_was(
             os.truncate(root / "large", 70_000)
         with pytest.raises(DiskFileChanged):
             file.read(80_000, 1000)
+
+
+def test_python_reads_its_files_as_streams(make_mirror: MakeMirror, roots: list[Path]) -> None:
+    mirror = make_mirror(*roots[:2])
+    with mirror.open("large").as_io() as raw, io.BufferedReader(raw, CHUNK) as stream:
+        assert stream.read(1000) == CONTENT[:1000]
+        os.truncate(roots["ab".index(mirror_disk(raw))] / "large", 100_000)
+        assert stream.read() == CONTENT[1000:]
+        assert stream.seek(-5, io.SEEK_END) == len(CONTENT) - 5
+        assert stream.read() == CONTENT[-5:]
+    with mirror.open("large") as file, pytest.raises(ValueError, match="deadline"):
+        file.as_io(deadline=0)
+
+
+def mirror_disk(raw: RawDiskFile) -> str:
+    file = raw._file
+    assert isinstance(file, MirrorFile)
+    return file.disk
 
 
 @pytest.mark.parametrize(

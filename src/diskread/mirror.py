@@ -26,6 +26,7 @@ from .errors import (
 )
 from .hedging import HedgeAfter, MirrorCounts, Plan, Policy, View
 from .limits import check_deadline
+from .raw_io import RawDiskFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping
@@ -405,6 +406,24 @@ class MirrorFile:
             check_deadline(deadline)
         self._streaming = True
         return self._chunks(start, self._size if stop is None else min(index(stop), self._size), deadline)
+
+    def as_io(self, *, deadline: float | None = None) -> RawDiskFile:
+        """The file as a raw binary stream: see `DiskFile.as_io`.
+
+        Args:
+            deadline: Seconds for each read, and for each 256 KiB of one that is larger; None: the shortest of the
+                disks' own.
+
+        Returns:
+            The stream, at position 0. Closing it closes this file.
+
+        Raises:
+            ValueError: The file was closed, or the deadline is none.
+        """
+        self._check_open()
+        if deadline is not None:
+            check_deadline(deadline)
+        return RawDiskFile(self, deadline)
 
     def close(self) -> None:
         """Close the file on all disks, as soon as nothing reads from it any more. Never blocks."""

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
     from .disk import DiskFile
+    from .mirror import MirrorFile
 
 LARGEST_READ = 256 * 1024
 """Bytes that are read in one piece; more than that is streamed, which reads ahead."""
 
 
 class RawDiskFile(io.RawIOBase):
-    """An open file of a disk as an unbuffered, seekable binary stream. Made by `DiskFile.as_io`.
+    """An open file of a disk or mirror as an unbuffered, seekable binary stream. Made by their `as_io`.
 
     Reads block the calling greenlet, never the hub, and raise the `DiskError` of `DiskFile.read`. The position stays
     where it was then: the same read can be tried again. (A buffer or a decompressor around the stream may have lost
@@ -32,10 +33,10 @@ class RawDiskFile(io.RawIOBase):
     others could read from without the disk's protection. The stream ends where the file did when it was opened.
     """
 
-    def __init__(self, file: DiskFile, deadline: float | None = None) -> None:
+    def __init__(self, file: DiskFile | MirrorFile, deadline: float | None = None) -> None:
         """For `DiskFile.as_io` only; see there."""
         super().__init__()
-        self._file: DiskFile | None = file
+        self._file: DiskFile | MirrorFile | None = file
         self._deadline = deadline
         self._position = 0
 
@@ -144,7 +145,7 @@ class RawDiskFile(io.RawIOBase):
         """The file, and whether the stream is closed."""
         return f"<RawDiskFile {'closed' if self._file is None else repr(self._file)}>"
 
-    def _open_file(self) -> DiskFile:
+    def _open_file(self) -> DiskFile | MirrorFile:
         if self._file is None:
             raise ValueError("I/O operation on closed file")
         self._file._check_open()
@@ -161,7 +162,8 @@ class RawDiskFile(io.RawIOBase):
         elif size:
             data = file.read(start, size, deadline=self._deadline)
             if not data:
+                disk = file._disk if isinstance(file._disk, str) else file._disk.name
                 raise DiskFileChanged(
-                    file._disk.name, file._path, f"the file ends before byte {start} now, it had {file.stat.size} bytes"
+                    disk, file._path, f"the file ends before byte {start} now, it had {file.stat.size} bytes"
                 )
             yield data
