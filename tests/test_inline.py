@@ -41,7 +41,7 @@ def cached(root: Path, make_disk: MakeDisk, monkeypatch: pytest.MonkeyPatch) -> 
     reason = capability_of(root).reason
     if reason is not None:
         pytest.skip(f"no inline reads in the directory of the tests: {reason}")
-    monkeypatch.setattr("diskread.inline._read_ahead", lambda _device: 0)
+    monkeypatch.setattr("diskread.inline.read_ahead", lambda _device: 0)
     (root / "big").write_bytes(CONTENT)
     os.sync()
     disk = make_disk(inline="auto")
@@ -131,7 +131,7 @@ def test_only_the_missing_part_is_read_in_a_worker(cached: Disk, root: Path) -> 
 def test_a_page_that_is_read_ahead_from_has_to_have_the_window_behind_it_cached(
     cached: Disk, root: Path, monkeypatch: pytest.MonkeyPatch, make_disk: MakeDisk
 ) -> None:
-    monkeypatch.setattr("diskread.inline._read_ahead", lambda _device: 128 * 1024)
+    monkeypatch.setattr("diskread.inline.read_ahead", lambda _device: 128 * 1024)
     disk = make_disk(inline="auto")
     disk.read("small")
     with disk.open("big", size=0) as file:

@@ -164,7 +164,7 @@ def capability(root: int) -> Capability:
     if lack is not None:
         call, error = lack
         return Capability(f"{call} says {os.strerror(error)}; Linux 6.5 is needed, and a seccomp filter that lets it")
-    window = _read_ahead(os.fstat(root).st_dev)
+    window = read_ahead(os.fstat(root).st_dev)
     if window > WIDEST_WINDOW:
         return Capability(
             f"the kernel reads ahead {window // 2**20} MiB on it (read_ahead_kb), more than can be checked"
@@ -172,7 +172,7 @@ def capability(root: int) -> Capability:
     return Capability(None, 0 if flags & ST_NOATIME else os.O_NOATIME, window)
 
 
-def _read_ahead(device: int) -> int:
+def read_ahead(device: int) -> int:
     """How far the kernel reads ahead on a device, in bytes (it doubles nothing beyond: mm/readahead.c)."""
     path = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
     for queue in (f"{path}/queue", f"{path}/../queue"):  # of a partition: the disk's

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
+from pathlib import Path
 
 import click
 import msgspec
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from diskread import Disk, DiskError, Limits
 from diskread.probe import probe
 
+from .. import config as configuration
+from ..checks import Report, disks, machine
 
-class Finding(msgspec.Struct, frozen=True):
+
+class DirectoryFinding(msgspec.Struct, frozen=True):
     """What was found out about a directory.
 
     Attributes:
@@ -36,30 +40,53 @@ class Finding(msgspec.Struct, frozen=True):
     advice: str | None
 
 
-@click.command("check", short_help="Tell what diskread can do with a directory on this machine.")
-@click.argument("directories", nargs=-1, required=True, metavar="DIR...", type=click.Path())
+@click.command("check", short_help="Tell whether a configuration works on this machine, or what a directory can do.")
+@click.argument("directories", nargs=-1, metavar="[DIR]...", type=click.Path())
+@click.option(
+    "--config",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Look at everything that this configuration needs, and at all of its disks.",
+)
 @click.option(
     "--deadline",
     type=click.FloatRange(0.01),
     default=5.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long each directory has to answer.",
+    help="How long each directory, or disk, has to answer.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a list of findings.")
-def check(directories: tuple[str, ...], deadline: float, as_json: bool) -> None:
-    """Tell of each directory whether its device answers, and whether cached data can be read there without a thread.
+@click.option("--json", "as_json", is_flag=True, help="Print the findings for a program.")
+def check(directories: tuple[str, ...], path: Path | None, deadline: float, as_json: bool) -> None:
+    """Tell whether a configuration works on this machine, or what diskread can do with directories.
 
+    With --config: system calls, descriptors, threads, the address, and of each disk whether it answers, its file
+    system, read-ahead and permissions; with the next step for everything that is not as it should be. Run it as the
+    user of the server, whose permissions are meant.
+
+    With directories: of each whether its device answers, and whether cached data can be read there without a thread.
     Reads without a thread need ext4 or xfs, Linux 6.5 or newer, and no seccomp filter in their way. Everywhere else
-    diskread works as well, with a thread for each read. A directory that hangs does not hang this command.
+    diskread works as well, with a thread for each read. A disk that hangs does not hang this command.
 
     \b
     Examples:
       diskread check /srv/a /srv/b
       diskread check --json /srv/*
+      sudo -u diskread diskread check --config /etc/diskread/diskread.toml
 
-    Exit status: 0 when all is well, 1 when something is not, 2 for wrong options.
+    Exit status: 0 when all is well, 1 when something is not (with --config: would not work; warnings are none),
+    2 for wrong options.
     """
+    if bool(directories) == (path is not None):
+        raise click.UsageError("name either directories or a configuration (--config FILE)")
+    if path is not None:
+        report = _check_configuration(path, deadline)
+        if as_json:
+            click.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
+        else:
+            _print_report(path, report)
+        sys.exit(0 if report.ok else 1)
     findings = [_look_at(directory, deadline) for directory in directories]
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(findings)).decode())
@@ -68,28 +95,40 @@ def check(directories: tuple[str, ...], deadline: float, as_json: bool) -> None:
     sys.exit(0 if all(each.inline for each in findings) else 1)
 
 
-def _look_at(directory: str, deadline: float) -> Finding:
+def _check_configuration(path: Path, deadline: float) -> Report:
+    try:
+        config = configuration.load(path)
+    except configuration.ConfigError as error:
+        raise click.UsageError(str(error)) from error
+    with configuration.make_disks(config) as those:
+        findings = [
+            *machine.user(),
+            *machine.kernel(),
+            *machine.descriptors(config, those),
+            *machine.threads(those),
+            *machine.address(config),
+            *machine.places(config),
+            *disks.look_at(those, deadline),
+        ]
+    return Report(all(each.verdict != "error" for each in findings), findings)
+
+
+def _look_at(directory: str, deadline: float) -> DirectoryFinding:
     root = os.path.abspath(os.fsencode(directory))
     with Disk(directory, None, Limits(deadline=deadline)) as disk:
         try:
             found = disk.run(probe, root, None, None)
         except (DiskError, OSError) as error:
             advice = "see whether it is mounted, and whether its device answers: dmesg, smartctl"
-            return Finding(directory, False, False, None, getattr(error, "reason", None) or str(error), advice)
+            return DirectoryFinding(directory, False, False, None, getattr(error, "reason", None) or str(error), advice)
     reason = found.capability.reason
     direct = found.direct if found.sample is not None else None
-    return Finding(directory, True, reason is None, direct, reason, None if reason is None else _advice(reason))
+    return DirectoryFinding(
+        directory, True, reason is None, direct, reason, None if reason is None else disks.advice(reason)
+    )
 
 
-def _advice(reason: str) -> str:
-    if "file system" in reason:
-        return "nothing is wrong: each read takes a thread there; ext4 and xfs do without for cached data"
-    if "reads ahead" in reason:
-        return "a smaller read-ahead will do: echo 128 > /sys/block/DEVICE/queue/read_ahead_kb"
-    return f"this is Linux {platform.release()}: 6.5 or newer is needed, and a container may filter system calls"
-
-
-def _print(findings: list[Finding]) -> None:
+def _print(findings: list[DirectoryFinding]) -> None:
     table = Table(box=box.SIMPLE_HEAD, title="Cached reads without a thread", title_justify="left")
     for heading in ("directory", "answers", "inline", "O_DIRECT", "why not, and what to do"):
         table.add_column(heading)
@@ -97,6 +136,17 @@ def _print(findings: list[Finding]) -> None:
         direct = "?" if each.direct is None else "yes" if each.direct else "no"
         why = ". ".join(filter(None, (each.problem, each.advice)))
         table.add_row(each.directory, _yes(each.readable), _yes(each.inline), direct, why)
+    Console().print(table)
+
+
+def _print_report(path: Path, report: Report) -> None:
+    table = Table(box=box.SIMPLE_HEAD, title=str(path), title_justify="left")
+    for heading in ("", "what", "finding, and what to do"):
+        table.add_column(heading)
+    styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
+    for each in report.findings:
+        text = each.text if each.next_step is None else f"{each.text}\n-> {each.next_step}"
+        table.add_row(Text(each.verdict, styles[each.verdict]), Text(each.subject), Text(text))
     Console().print(table)
 
 
