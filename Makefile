@@ -3,6 +3,7 @@
 # make page   the tests of the server's page, in headless Chromium
 # make bench  the benchmarks, some 11 minutes; bench-gil, bench-hotpath, ... one of them
 # make seedtable  the table of the original experiment: ten languages beside diskread; as root, half an hour
+# make dist   source distribution and wheel, built and checked
 # make lint   what CI checks besides the tests
 # make sanitize  the extension under ASan and UBSan
 # make soak   a minute of disks that hang and recover at random
@@ -13,7 +14,7 @@ EXTENSION = setup.py pyproject.toml $(wildcard src/diskread/*.h src/diskread/*.p
 
 BENCHMARKS = gil hotpath coldread busyhub http_files
 
-.PHONY: demo test page coverage bench seedtable $(BENCHMARKS:%=bench-%) lint sanitize soak clean prerequisites
+.PHONY: demo test page coverage bench seedtable $(BENCHMARKS:%=bench-%) lint sanitize soak dist clean prerequisites
 
 demo: $(VENV)/.installed
 	$(RUN)diskread demo
@@ -49,6 +50,11 @@ sanitize:
 soak: $(VENV)/.installed-test
 	$(RUN)python benchmarks/soak.py --seconds 60
 
+dist: $(VENV)/.installed-dist
+	rm -rf dist
+	$(RUN)python -m build
+	scripts/check-dist $(RUN)
+
 clean:
 	rm -rf build dist $(VENV) src/*.egg-info src/diskread/*.c src/diskread/*.so
 
@@ -73,6 +79,10 @@ $(VENV)/.installed-page: $(VENV)/.installed-test
 
 $(VENV)/.installed-lint: $(VENV)/.installed
 	$(RUN)python -m pip install --quiet --group lint
+	touch $@
+
+$(VENV)/.installed-dist: | $(VENV)/bin/python
+	$(RUN)python -m pip install --quiet --group dist
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
