@@ -140,6 +140,12 @@ class Application(BaseApplication):
             if name in self.cfg.settings:  # control_socket_disable: from gunicorn 25 on
                 self.cfg.set(name, value)
 
+    def run(self) -> None:
+        """Serve until a signal comes."""
+        # Gunicorn starts this again at SIGUSR2; in sys.argv `python -m server` would be a file of the package.
+        sys.argv = sys.orig_argv[1:]
+        super().run()
+
     def reload(self) -> None:
         """SIGHUP: read the configuration again. A wrong one changes nothing."""
         try:

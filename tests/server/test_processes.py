@@ -179,9 +179,13 @@ class Load:
         self._thread.join()
 
 
-def workers_of(server: ServerProcess) -> set[int]:
-    with open(f"/proc/{server.process.pid}/task/{server.process.pid}/children") as children:
+def children_of(process: int) -> set[int]:
+    with open(f"/proc/{process}/task/{process}/children") as children:
         return {int(each) for each in children.read().split()}
+
+
+def workers_of(server: ServerProcess) -> set[int]:
+    return children_of(server.process.pid)
 
 
 def until_workers(server: ServerProcess, condition: Callable[[set[int]], bool]) -> set[int]:
@@ -238,6 +242,31 @@ def test_sighup_reads_the_configuration_again_and_drops_no_request(
     until(lambda: "stays what it was" in server.said())
     assert f"{file}:2" in server.said()
     assert server.http("/v1/new/small").body == SMALL
+
+
+def test_sigusr2_puts_another_program_in_its_place_and_drops_no_request(
+    start_server: StartServer, tree: Path, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "admin.sock")
+    server = start_server("--workers", "2", "--disk", f"d1={tree}", "--admin-socket", path)
+    before = until_workers(server, lambda each: len(each) == 2)
+    with Load(server, "/v1/d1/small") as load:
+        server.process.send_signal(signal.SIGUSR2)
+        until(lambda: len(workers_of(server)) == 3, "the new program")
+        (new,) = workers_of(server) - before
+        until(lambda: len(children_of(new)) == 2, "its workers")
+        try:
+            server.process.send_signal(signal.SIGTERM)
+            assert server.wait() == 0
+            until(lambda: server.status().workers == 2)
+            answered = load.answers[200]
+            until(lambda: load.answers[200] > answered + 20, "the new program to answer")
+            assert CliRunner().invoke(main, ["disk", "list", "--socket", path]).exit_code == 0
+        finally:
+            load.__exit__()
+            os.kill(new, signal.SIGTERM)
+    assert (set(load.answers), load.failures) == ({200}, [])
+    until(lambda: not os.path.exists(f"/proc/{new}"), "the new program to end")
 
 
 def test_an_operator_reaches_all_workers_and_those_to_come(
