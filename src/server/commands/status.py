@@ -92,10 +92,10 @@ def _trust(ca: str | None) -> ssl.SSLContext | None:
 def _fetch(address: str, token: str | None, trust: ssl.SSLContext | None) -> bytes:
     if not address.startswith(("http://", "https://")):
         raise click.UsageError(f"{address} is not an http address")
-    request = urllib.request.Request(address)  # noqa: S310 - checked above
-    if token is not None:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
+        request = urllib.request.Request(address)  # noqa: S310 - checked above
+        if token is not None:
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
         with urllib.request.urlopen(request, timeout=10, context=trust) as response:  # noqa: S310
             body: bytes = response.read()
             return body
