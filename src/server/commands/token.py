@@ -31,6 +31,8 @@ def token(name: str, allow: tuple[str, ...]) -> None:
     Examples:
       diskread token backup --allow a --allow b/public/
       diskread token prometheus --allow status 2>> tokens.toml > prometheus.token
+
+    Exit status: 0 made, 2 for wrong arguments.
     """
     if not NAME.match(name):
         raise click.BadParameter("letters, digits, '.', '_' and '-' make a name", param_hint="NAME")
