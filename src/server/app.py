@@ -14,7 +14,7 @@ import falcon
 from diskread import DiskError, DiskOffline
 from diskread.wsgi import retry_after, status_of
 
-from . import config
+from . import access, config
 from .events import Events, EventsResource
 from .objects import ObjectResource
 from .page import PageResource
@@ -46,6 +46,7 @@ def create_app(
     stalls: bool | None = None,
     look: Look | None = None,
     events: Events | None = None,
+    guard: access.Access | None = None,
 ) -> falcon.App[Any, Any]:
     """Make the WSGI application.
 
@@ -57,6 +58,7 @@ def create_app(
         look: Brings the status of the disks, where this process is not the only one. None: that of `disks`.
         events: What `/events` tells, of the same disks; whoever gives them here can start them before the first client
             comes, and end them. None: they start with the first client.
+        guard: Asks for tokens. None: what the file that DISKREAD_CONFIG names says, where `disks` is None, too.
 
     Returns:
         A Falcon application.
@@ -66,13 +68,15 @@ def create_app(
     """
     if disks is None:
         path = os.environ.get(CONFIG_VARIABLE)
-        disks = config.make_disks(config.load(Path(path)) if path else config.ServerConfig())
+        settings = config.load(Path(path)) if path else config.ServerConfig()
+        disks = config.make_disks(settings)
+        guard = access.opened(settings, disks)
     if stalls is None:
         stalls = SIMULATED in disks
     if look is None:
         look = look_at(disks)
     status = ServerStatus(look, simulate=stalls)
-    app = falcon.App()
+    app = falcon.App(middleware=[] if guard is None else [guard])
     app.set_error_serializer(_serialize_error)
     app.add_error_handler(DiskError, _disk_error)
     app.add_error_handler(Exception, _internal_error)

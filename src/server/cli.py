@@ -12,6 +12,7 @@ from .commands.probe import probe
 from .commands.request import request
 from .commands.serve import serve
 from .commands.status import status
+from .commands.token import token
 from .status import version
 
 
@@ -27,8 +28,9 @@ def main() -> None:
     diskread probe 127.0.0.1:7000     does one slow read hold up the others? Of any server.
     diskread status --watch           the disks of a running server, live
     diskread disk offline a ...       take a disk of a running server offline by hand
+    diskread token NAME --allow a     a token for clients of one disk
     """
 
 
-for _command in (serve, demo, check, probe, request, status, disk, completion):
+for _command in (serve, demo, check, probe, request, status, disk, token, completion):
     main.add_command(_command)

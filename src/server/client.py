@@ -176,11 +176,13 @@ class Server(msgspec.Struct, frozen=True):
         host: The host as the user named it, without brackets.
         port: TCP port.
         addresses: Address family and socket address, in the order in which connections are tried.
+        token: What to show it, in HTTP; None for nothing.
     """
 
     host: str
     port: int
     addresses: tuple[tuple[int, Any], ...]
+    token: str | None = None
 
     def __str__(self) -> str:
         """``HOST:PORT``, IPv6 addresses in brackets."""
@@ -208,13 +210,14 @@ def parse_address(text: str) -> tuple[str, int]:
     return match["bracketed"] or match["host"] or DEFAULT_HOST, port
 
 
-def resolve(host: str, port: int, *, limit: float = 10.0) -> Server:
+def resolve(host: str, port: int, *, limit: float = 10.0, token: str | None = None) -> Server:
     """Look a server's address up.
 
     Args:
         host: Name or numeric address.
         port: TCP port.
         limit: Time limit in seconds.
+        token: What to show the server, in HTTP; None for nothing.
 
     Returns:
         The server, for `send`.
@@ -229,7 +232,7 @@ def resolve(host: str, port: int, *, limit: float = 10.0) -> Server:
             found = socket.getaddrinfo(host, port, type=stdlib_socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise ConnectError(f"cannot look up {host}: {_reason(error)}") from error
-    return Server(host, port, tuple((int(family), address) for family, _, _, _, address in found))
+    return Server(host, port, tuple((int(family), address) for family, _, _, _, address in found), token)
 
 
 def connect(server: Server) -> socket.socket:
@@ -377,8 +380,9 @@ def _exchange_http(server: Server, connection: socket.socket, request: Request) 
     conversation = http.client.HTTPConnection(server.host, server.port)
     # Given its socket, http.client makes none of its own, which would block the event loop.
     conversation.sock = connection
+    headers = {"Connection": "close", **({} if server.token is None else {"Authorization": f"Bearer {server.token}"})}
     try:
-        conversation.request("GET", f"/{request.rc},{request.ms},{encoded}", headers={"Connection": "close"})
+        conversation.request("GET", f"/{request.rc},{request.ms},{encoded}", headers=headers)
         with conversation.getresponse() as response:
             status, body = response.status, response.read(MAX_REPLY)
     except http.client.RemoteDisconnected as error:

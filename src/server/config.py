@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
@@ -21,9 +21,12 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
+Made = TypeVar("Made")
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
 _RESERVED = ("v1", SIMULATED)
 
 LONGEST_SOCKET_PATH = 107
@@ -76,6 +79,10 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         log_format: How lines of the access log and of standard error look: "text", or "json", an object each.
         admin_socket: Path of the Unix socket for `diskread disk`; None for no such socket.
         connections: Connections served at a time; more wait in the backlog.
+        connections_per_client: Connections of one address at a time; more get 503. 0 for no such limit.
+        tokens: The file of tokens that requests need; None when they need none.
+        tls_certificate: File of the server's certificate and those between it and the root, PEM; None for no TLS.
+        tls_key: File of its private key, PEM.
         idle_timeout: Seconds without a byte after which a client is hung up on.
         request_timeout: Seconds that a client may take to send its request line and headers.
         drain_timeout: Seconds that requests under way get to finish after SIGTERM.
@@ -91,6 +98,10 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     log_format: LogFormat = "text"
     admin_socket: str | None = None
     connections: int = 10_000
+    connections_per_client: int = 0
+    tokens: str | None = None
+    tls_certificate: str | None = None
+    tls_key: str | None = None
     idle_timeout: float = 60.0
     request_timeout: float = 30.0
     drain_timeout: float = 30.0
@@ -113,6 +124,19 @@ def load(path: Path) -> ServerConfig:
     Raises:
         ConfigError: The file cannot be read, is not TOML, has an unknown key, or a value that cannot be.
     """
+    return read(path, lambda tables: check(_convert(tables)))
+
+
+def read(path: Path, make: Callable[[dict[str, Any]], Made]) -> Made:
+    """Read a TOML file and make something of its tables. Blocks.
+
+    Args:
+        path: The file.
+        make: Makes it, or raises `Wrong`.
+
+    Raises:
+        ConfigError: The file cannot be read, is not TOML, or `make` says what is wrong with it.
+    """
     try:
         text = path.read_text("utf-8")
         tables = tomllib.loads(text)
@@ -121,8 +145,8 @@ def load(path: Path) -> ServerConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
     try:
-        return check(_convert(tables))
-    except _Wrong as wrong:
+        return make(tables)
+    except Wrong as wrong:
         line = _line_of(text, wrong.keys)
         raise ConfigError(f"{path}:{line}: {'.'.join(wrong.keys) or 'the file'}: {wrong.reason}") from wrong
 
@@ -134,53 +158,68 @@ def check(config: ServerConfig) -> ServerConfig:
         ConfigError: A value cannot be; the message names its key.
     """
     if not 0 <= config.port <= 65535:
-        raise _Wrong(["port"], f"must be between 0 and 65535, not {config.port}")
+        raise Wrong(["port"], f"must be between 0 and 65535, not {config.port}")
     if not 1 <= config.connections <= 1_000_000:
-        raise _Wrong(["connections"], f"must be between 1 and 1000000, not {config.connections}")
+        raise Wrong(["connections"], f"must be between 1 and 1000000, not {config.connections}")
+    if config.connections_per_client < 0:
+        raise Wrong(["connections_per_client"], f"must be 0 or more, not {config.connections_per_client}")
     for key in ("idle_timeout", "request_timeout", "drain_timeout"):
         if not getattr(config, key) > 0:
-            raise _Wrong([key], f"must be a positive number of seconds, not {getattr(config, key)}")
+            raise Wrong([key], f"must be a positive number of seconds, not {getattr(config, key)}")
     if config.admin_socket is not None:
         _check_socket_path(config.admin_socket)
     limits_of(config.limits, ["limits"])
     for name, disk in config.disk.items():
         _check_name("disk", name)
         if not disk.root or "\0" in disk.root:
-            raise _Wrong(["disk", name, "root"], "must be a directory")
+            raise Wrong(["disk", name, "root"], "must be a directory")
         limits_of(disk, ["disk", name], config.limits)
     for name, mirror in config.mirror.items():
         _check_name("mirror", name)
         _check_mirror(config, name, mirror)
+    _check_access(config)
     return config
 
 
+def _check_access(config: ServerConfig) -> None:
+    for key in ("tokens", "tls_certificate", "tls_key"):
+        if getattr(config, key) == "" or "\0" in (getattr(config, key) or ""):
+            raise Wrong([key], "must be a file")
+    for key, other in (("tls_certificate", "tls_key"), ("tls_key", "tls_certificate")):
+        if getattr(config, key) is not None and getattr(config, other) is None:
+            raise Wrong([key], f"needs {other} as well")
+    for kind, names in (("disk", config.disk), ("mirror", config.mirror)):
+        if config.tokens is not None and "status" in names:
+            raise Wrong([kind, "status"], "tokens use that name for the operator's views; choose another")
+
+
 def _check_name(kind: str, name: str) -> None:
-    if not _NAME.match(name):
-        raise _Wrong(
+    if not NAME.match(name):
+        raise Wrong(
             [kind, name],
             f"the name of a {kind} is made of letters, digits, '.', '_' and '-', and does not begin with '.' or '-'",
         )
     if name in _RESERVED:
-        raise _Wrong([kind, name], f"a {kind} cannot be called {name}: the protocols use that name")
+        raise Wrong([kind, name], f"a {kind} cannot be called {name}: the protocols use that name")
 
 
 def _check_mirror(config: ServerConfig, name: str, mirror: MirrorConfig) -> None:
     keys = ["mirror", name]
     if name in config.disk:
-        raise _Wrong(keys, f"there is a disk called {name}; a mirror needs a name of its own")
+        raise Wrong(keys, f"there is a disk called {name}; a mirror needs a name of its own")
     for disk in mirror.disks:
         if disk not in config.disk:
             known = ", ".join(config.disk) or "none"
-            raise _Wrong([*keys, "disks"], f"there is no disk called {disk}; there are: {known}")
+            raise Wrong([*keys, "disks"], f"there is no disk called {disk}; there are: {known}")
     if len(set(mirror.disks)) < max(2, len(mirror.disks)):
-        raise _Wrong([*keys, "disks"], "a mirror needs two or more disks, each of them once")
+        raise Wrong([*keys, "disks"], "a mirror needs two or more disks, each of them once")
     if mirror.hedge_after != "p95" and not mirror.hedge_after > 0:
-        raise _Wrong([*keys, "hedge_after"], f'must be a positive number of seconds or "p95", not {mirror.hedge_after}')
+        raise Wrong([*keys, "hedge_after"], f'must be a positive number of seconds or "p95", not {mirror.hedge_after}')
     if not 0 <= mirror.hedge_share <= 1:
-        raise _Wrong([*keys, "hedge_share"], f"must be between 0 and 1, not {mirror.hedge_share}")
+        raise Wrong([*keys, "hedge_share"], f"must be between 0 and 1, not {mirror.hedge_share}")
     suffix = mirror.checksum_suffix
     if suffix is not None and (not suffix or set(suffix) & {"/", "\0"}):
-        raise _Wrong([*keys, "checksum_suffix"], f'must be the end of a file name, like ".sha256", not {suffix!r}')
+        raise Wrong([*keys, "checksum_suffix"], f'must be the end of a file name, like ".sha256", not {suffix!r}')
 
 
 def limits_of(config: LimitsConfig, keys: list[str], default: LimitsConfig | None = None) -> Limits:
@@ -202,7 +241,7 @@ def limits_of(config: LimitsConfig, keys: list[str], default: LimitsConfig | Non
         return Limits(**{"idle_probe": idle_probe, **values})
     except (ValueError, TypeError) as error:
         field = str(error).partition(" ")[0]  # messages of Limits begin with the name of the field
-        raise _Wrong([*keys, field] if field in values else keys, str(error)) from error
+        raise Wrong([*keys, field] if field in values else keys, str(error)) from error
 
 
 def make_disks(config: ServerConfig, workers: int = 1) -> Disks:
@@ -244,15 +283,16 @@ def _share(limits: Limits, workers: int) -> Limits:
 
 def _check_socket_path(path: str) -> None:
     if not path or "\0" in path:
-        raise _Wrong(["admin_socket"], "must be a path")
+        raise Wrong(["admin_socket"], "must be a path")
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
-        raise _Wrong(["admin_socket"], f"must have at most {LONGEST_SOCKET_PATH} bytes: unix(7)")
+        raise Wrong(["admin_socket"], f"must have at most {LONGEST_SOCKET_PATH} bytes: unix(7)")
 
 
-class _Wrong(ConfigError):
+class Wrong(ConfigError):
     """A key whose place in the file is still to be found."""
 
     def __init__(self, keys: list[str], reason: str) -> None:
+        """Name the key, from the top of the file on, and say what is wrong with it."""
         super().__init__(f"{'.'.join(keys)}: {reason}")
         self.keys = keys
         self.reason = reason
@@ -260,18 +300,32 @@ class _Wrong(ConfigError):
 
 def _convert(tables: dict[str, Any]) -> ServerConfig:
     """Check types and names. Table by table, because msgspec does not tell under which name an error is."""
-    converted = {}
-    for key, kind in (("disk", DiskConfig), ("mirror", MirrorConfig)):
-        named = tables.pop(key, {})
-        if not isinstance(named, dict):
-            raise _Wrong([key], f"each {key} is a table of its own: [{key}.NAME]")
-        converted[key] = {name: _convert_table(table, kind, [key, name]) for name, table in named.items()}
-    config = _convert_table(tables, ServerConfig, [])
+    converted = {
+        key: convert_named(tables, key, kind) for key, kind in (("disk", DiskConfig), ("mirror", MirrorConfig))
+    }
+    config = convert_table(tables, ServerConfig, [])
     replaced: ServerConfig = msgspec.structs.replace(config, **converted)
     return replaced
 
 
-def _convert_table(table: Any, kind: type[Any], keys: list[str]) -> Any:
+def convert_named(tables: dict[str, Any], key: str, kind: type[Any]) -> dict[str, Any]:
+    """Take the tables `[key.NAME]` out of a file's, by name.
+
+    Raises:
+        ConfigError: One of them is wrong.
+    """
+    named = tables.pop(key, {})
+    if not isinstance(named, dict):
+        raise Wrong([key], f"each {key} is a table of its own: [{key}.NAME]")
+    return {name: convert_table(table, kind, [key, name]) for name, table in named.items()}
+
+
+def convert_table(table: Any, kind: type[Any], keys: list[str]) -> Any:
+    """Check types and names of a table.
+
+    Raises:
+        ConfigError: One of them is wrong.
+    """
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
@@ -281,10 +335,10 @@ def _convert_table(table: Any, kind: type[Any], keys: list[str]) -> Any:
         missing = re.match(r"Object missing required field `(.*)`", reason)
         if unknown:
             known = ", ".join(_struct_at(kind, below).__struct_fields__)
-            raise _Wrong([*keys, *below, unknown[1]], f"there is no such key; there are: {known}") from error
+            raise Wrong([*keys, *below, unknown[1]], f"there is no such key; there are: {known}") from error
         if missing:
-            raise _Wrong([*keys, *below], f"the key {missing[1]} is missing") from error
-        raise _Wrong([*keys, *below], reason[:1].lower() + reason[1:]) from error
+            raise Wrong([*keys, *below], f"the key {missing[1]} is missing") from error
+        raise Wrong([*keys, *below], reason[:1].lower() + reason[1:]) from error
 
 
 def _struct_at(kind: type[Any], keys: list[str]) -> Any:

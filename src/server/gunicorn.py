@@ -23,11 +23,11 @@ from gevent import socket
 from gunicorn.app.base import BaseApplication
 from gunicorn.workers.base import Worker as BaseWorker
 
-from . import access_log, admin, config, logs
+from . import access, access_log, admin, config, logs
 from .app import CONFIG_VARIABLE, create_app
 from .events import Events
 from .first_answers import wait_for_first_answers
-from .listener import BACKLOG, Server
+from .listener import BACKLOG, Server, tls_context
 from .processes import Processes, directory_of
 from .state_log import StateLog
 from .status import ServerStatus
@@ -60,8 +60,11 @@ class Worker(BaseWorker):
         log = self._open.enter_context(access_log.opened(settings.access_log, settings.log_format))
         others = self._open.enter_context(Processes(directory_of(self.ppid), self._disks))
         self._events = Events(ServerStatus(others.look, simulate=settings.stalls))
-        app = create_app(self._disks, stalls=settings.stalls, look=others.look, events=self._events)
+        guard = access.opened(settings, self._disks)
+        app = create_app(self._disks, stalls=settings.stalls, look=others.look, events=self._events, guard=guard)
         private = admin.create_app(self._disks, simulate=settings.stalls, others=others)
+        # Ours, or, under gunicorn itself, its own --certfile and --keyfile.
+        tls = tls_context(self.cfg.certfile, self.cfg.keyfile) if self.cfg.certfile else None
         self._public: list[Server] = []
         self._private: list[WSGIServer] = []
         sockets: list[Any] = self.sockets  # gunicorn's, around real ones
@@ -71,7 +74,7 @@ class Worker(BaseWorker):
             if each.FAMILY == socket.AF_UNIX:
                 self._private.append(admin.serve(listener, private))
             else:
-                self._public.append(Server(settings, app, self._disks, log, listener))
+                self._public.append(Server(settings, app, self._disks, log, listener, tls))
                 if self.cfg.workers > 1:
                     self._public[-1].max_accept = 1  # leave some to the others
 
@@ -133,6 +136,8 @@ class Application(BaseApplication):
             "worker_class": "server.gunicorn.Worker",
             "backlog": BACKLOG,
             "graceful_timeout": max(1, round(self.config.drain_timeout)),
+            "certfile": self.config.tls_certificate,
+            "keyfile": self.config.tls_key,
             "umask": 0o177,  # of the administrative socket
             "proc_name": "diskread",
             "control_socket_disable": True,

@@ -13,12 +13,12 @@ LONGEST_LINE = 4096
 """Bytes of the longest request, line end included."""
 
 
-def answer(line: bytes, simulation: Simulation, since: float) -> bytes:
+def answer(line: bytes, simulation: Simulation | None, since: float) -> bytes:
     """Carry out one request. Blocks the greenlet, never the hub.
 
     Args:
         line: What the client sent, up to and including the line end, if it sent one.
-        simulation: Carries it out.
+        simulation: Carries it out. None: nobody may ask, because a line has no place for a token.
         since: Time on `time.monotonic` at which the connection was accepted: a request waits from then on.
 
     Returns:
@@ -28,6 +28,8 @@ def answer(line: bytes, simulation: Simulation, since: float) -> bytes:
         return _reply(Status.BAD_INPUT, 0.0, b"")
     try:
         request = parse(line.removesuffix(b"\n").removesuffix(b"\r"))
+        if simulation is None:
+            raise Failed(Status.NO_FILE, 0.0, "this server wants a token")
         total = simulation.perform(request, since)
     except BadInput:
         return _reply(Status.BAD_INPUT, 0.0, b"")

@@ -11,11 +11,12 @@ import re
 import socket as native_socket
 import sys
 import time
+from collections import Counter
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
 import gevent
-from gevent import socket
+from gevent import socket, ssl
 from gevent.pool import Pool
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
@@ -23,6 +24,7 @@ from diskread import DiskError
 from diskread.errors import printable
 
 from . import head
+from .config import ConfigError
 from .direct import Direct
 from .line import LONGEST_LINE, answer
 from .logs import REQUEST_ID, request_id
@@ -72,6 +74,8 @@ _MALFORMED = (
 _REPLY_400 = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _REPLY_408 = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _REPLY_431 = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+_REPLY_503 = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 _log = logging.getLogger("diskread.server")
 
@@ -173,7 +177,7 @@ class Handler(WSGIHandler):
         """Answer the next request, if there is a short way to do it."""
         self._awaiting = True
         data = self._await_request()
-        if not data or self.server.access_log is not None:
+        if not data or self.server.direct is None or self.server.access_log is not None:
             return False
         try:
             found = self.server.direct.answer(data, lambda: self.server.draining)
@@ -385,6 +389,7 @@ class Server(WSGIServer):
         disks: Disks,
         access_log: AccessLog | None = None,
         listener: socket.socket | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """Prepare; `start` binds the port and begins to accept.
 
@@ -394,16 +399,22 @@ class Server(WSGIServer):
             disks: What it serves: for what is answered without the application.
             access_log: What gets a line per request; None for none.
             listener: The socket to accept on, bound and listening already; None to make one.
+            tls: What `tls_context` has made; None to serve in the clear.
         """
         self.idle_timeout = config.idle_timeout
         self.request_timeout = config.request_timeout
         self.draining = False
         self.access_log = access_log
-        self._simulation = Simulation(disks, stalls=config.stalls)
-        self.direct = Direct({**disks, **disks.mirrors}, self._simulation)
+        # Where there are tokens the application asks for them, and nothing is answered without it.
+        simulation = Simulation(disks, stalls=config.stalls) if config.tokens is None else None
+        self._simulation = simulation
+        self.direct = None if simulation is None else Direct({**disks, **disks.mirrors}, simulation)
         self._idle: dict[socket.socket, float] = {}  # since when, in that order
         self._hang_up: Any = None  # gevent's watchers have no types
         self._connections = Pool(config.connections)
+        self._per_client = config.connections_per_client
+        self._clients: Counter[Any] = Counter()  # connections by address
+        tls_arguments: dict[str, Any] = {} if tls is None else {"ssl_context": tls, "do_handshake_on_connect": False}
         super().__init__(
             (config.host, config.port) if listener is None else listener,
             app,
@@ -412,6 +423,7 @@ class Server(WSGIServer):
             log=None,  # ours has more to tell
             error_log=sys.stderr,
             environ={"SERVER_NAME": config.host},  # saves pywsgi a look-up of our own name in the DNS
+            **tls_arguments,
         )
 
     def init_socket(self) -> None:
@@ -438,6 +450,48 @@ class Server(WSGIServer):
 
     def handle(self, sock: socket.socket, address: Address) -> None:
         """Serve one connection, in a greenlet of its own."""
+        with self._one_more(address) as welcome:
+            if welcome:
+                self._serve(sock, address)
+                return
+            accepted = time.monotonic()
+            with contextlib.suppress(OSError):
+                sock.settimeout(LINGER)
+                sock.sendall(_REPLY_503)
+                if self.access_log is not None:
+                    self.log_request(address, "", "503", len(_REPLY_503), accepted, request_id())
+                _linger(sock)
+
+    def wrap_socket_and_handle(self, client_socket: socket.socket, address: Address) -> None:
+        """Serve one connection with TLS. The handshake may take as long as the head of a request."""
+        with self._one_more(address) as welcome:
+            if not welcome:
+                return  # to say why would need the handshake
+            wrap: Any = self.wrap_socket  # type: ignore[misc]  # the context's own, an attribute of this object
+            with contextlib.closing(wrap(client_socket, **(self.ssl_args or {}))) as sock:
+                try:
+                    with self.idle(sock), gevent.Timeout(self.request_timeout):
+                        sock.do_handshake()
+                except (OSError, ValueError, gevent.Timeout):
+                    return  # no client of ours; ValueError: it has gone already
+                self._serve(sock, address)
+
+    @contextlib.contextmanager
+    def _one_more(self, address: Address) -> Iterator[bool]:
+        """While this is entered, a client has one connection more; whether it may."""
+        client = address[0] if isinstance(address, tuple) else None
+        if not self._per_client or client is None:
+            yield True
+            return
+        self._clients[client] += 1
+        try:
+            yield self._clients[client] <= self._per_client
+        finally:
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]
+
+    def _serve(self, sock: socket.socket, address: Address) -> None:
         accepted = time.monotonic()
         try:
             # Accepted just before a drain began: served if its request is here already.
@@ -512,7 +566,8 @@ class Server(WSGIServer):
 def _end_input(sock: socket.socket) -> None:
     """Wake the greenlet that reads from a socket with an end of input; closing it under the greenlet would raise."""
     with contextlib.suppress(OSError):
-        sock.shutdown(native_socket.SHUT_RDWR)
+        # With TLS as well it is TCP that ends: gevent's SSLSocket would be pulled out from under its reader.
+        socket.socket.shutdown(sock, native_socket.SHUT_RDWR)
 
 
 def _linger(sock: socket.socket) -> None:
@@ -525,3 +580,21 @@ def _linger(sock: socket.socket) -> None:
     with gevent.Timeout(LINGER, False):  # type: ignore[arg-type]
         while sock.recv(65536):
             pass
+
+
+def tls_context(certificate: str, key: str) -> ssl.SSLContext:
+    """What a server needs for TLS. Reads both files: blocks.
+
+    Args:
+        certificate: File of the certificate and those between it and the root, PEM.
+        key: File of its private key, PEM.
+
+    Raises:
+        ConfigError: One of them cannot be read, or they do not belong together.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key)
+    except OSError as error:
+        raise ConfigError(f"tls_certificate {certificate}, tls_key {key}: {error}") from error
+    return context

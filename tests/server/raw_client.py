@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PATIENCE = 30.0
 """Seconds after which a test fails that waits for something which takes well under a second on an idle machine."""
 
-READY = re.compile(r"(?:listens on|Listening at:) http://\S*:(\d+)")
+READY = re.compile(r"(?:listens on|Listening at:) https?://\S*:(\d+)")
 
 LINE_REPLY = re.compile(rb"[+-]?\d+,\d+,[^,\n]*\n\Z")
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tests.server.conftest import StartServer
 
-COMMANDS = ["check", "completion", "demo", "disk", "probe", "request", "serve", "status"]
+COMMANDS = ["check", "completion", "demo", "disk", "probe", "request", "serve", "status", "token"]
 
 
 def diskread(*arguments: str) -> Result:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from .token_option import token_option
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -36,6 +38,7 @@ class NoVerdictError(click.ClickException):
     show_default=True,
     help="Line protocol or HTTP.",
 )
+@token_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result, every latency included, as JSON.")
 @click.option(
     "--slow",
@@ -113,6 +116,7 @@ def probe(
     *,
     address: str,
     protocol: str,
+    token: str | None,
     as_json: bool,
     slow: float,
     slow_count: int,
@@ -175,7 +179,7 @@ def probe(
         raise click.UsageError(str(error)) from error
 
     with client.interruption() as over:
-        job = gevent.spawn(_measure, host, port, cast("Protocol", protocol), parameters)
+        job = gevent.spawn(_measure, host, port, cast("Protocol", protocol), parameters, token)
         job.link(lambda _job: over.set())
         over.wait()
         if not job.ready():
@@ -195,7 +199,7 @@ def probe(
     ctx.exit(1 if outcome.problem else 0)
 
 
-def _measure(host: str, port: int, protocol: Protocol, parameters: Parameters) -> Result | str:
+def _measure(host: str, port: int, protocol: Protocol, parameters: Parameters, token: str | None) -> Result | str:
     """Run the probe with a progress bar for each part on stderr; a string says why it could not be run."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -214,7 +218,7 @@ def _measure(host: str, port: int, protocol: Protocol, parameters: Parameters) -
             bars.update(tasks[what], completed=done)
 
         try:
-            server = client.resolve(host, port)
+            server = client.resolve(host, port, token=token)
             return measurement.probe(server, protocol=protocol, parameters=parameters, progress=advance)
         except (client.RequestError, measurement.CouldNotAskError) as error:
             return str(error)

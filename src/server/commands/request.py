@@ -10,6 +10,8 @@ from typing import IO, TYPE_CHECKING, cast
 
 import click
 
+from .token_option import token_option
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -116,6 +118,7 @@ class Summary:
     show_default=True,
     help="Line protocol or HTTP.",
 )
+@token_option
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.pass_context
 def request(
@@ -128,6 +131,7 @@ def request(
     concurrency: int,
     max_time: float,
     protocol: str,
+    token: str | None,
     as_json: bool,
 ) -> None:
     """Send requests to a server and report the slow ones.
@@ -178,6 +182,7 @@ def request(
             protocol=cast("Protocol", protocol),
             concurrency=min(concurrency, planned),
             timeout=timeout,
+            token=token,
         )
         senders.link(lambda _senders: over.set())
         over.wait(max_time)
@@ -283,6 +288,7 @@ def _send_all(
     protocol: Protocol,
     concurrency: int,
     timeout: float,
+    token: str | None,
 ) -> None:
     """Send requests, so many at a time, until there are no more or the server turns out not to be there."""
     from gevent.pool import Group
@@ -303,7 +309,7 @@ def _send_all(
 
     group = Group()
     try:
-        server = client.resolve(host, port)
+        server = client.resolve(host, port, token=token)
         for _ in range(concurrency):
             group.spawn(send, server)
         group.join(raise_error=True)

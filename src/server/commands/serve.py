@@ -19,12 +19,12 @@ import gevent
 import msgspec
 from gevent.event import Event
 
-from .. import access_log, admin
+from .. import access, access_log, admin
 from .. import config as configuration
 from ..app import create_app
 from ..events import Events
 from ..first_answers import wait_for_first_answers
-from ..listener import Server
+from ..listener import Server, tls_context
 from ..logs import configure
 from ..service_manager import ServiceManager
 from ..state_log import StateLog
@@ -128,6 +128,15 @@ class _DiskOption(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # g
     help=f"Connections at a time; more wait in the backlog.  [default: {_DEFAULT.connections}]",
 )
 @click.option(
+    "--connections-per-client",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Connections of one address at a time; more get 503. Of each worker.  [default: no limit]",
+)
+@click.option("--tokens", metavar="FILE", help="Serve only who shows a token of this file: 'diskread token --help'.")
+@click.option("--tls-certificate", metavar="FILE", help="Serve with TLS: certificate and those below its root, PEM.")
+@click.option("--tls-key", metavar="FILE", help="The certificate's private key, PEM.")
+@click.option(
     "--idle-timeout",
     type=float,
     metavar="SECONDS",
@@ -206,7 +215,13 @@ def _merge(path: Path | None, disks: dict[str, str], options: dict[str, Any]) ->
     config = msgspec.structs.replace(
         config, **given, disk=merged, limits=msgspec.structs.replace(config.limits, **limits)
     )
-    return configuration.check(config)
+    configuration.check(config)
+    # Read now: what is wrong with them should not come to light in each worker.
+    if config.tokens is not None:
+        access.load(Path(config.tokens))
+    if config.tls_certificate is not None and config.tls_key is not None:
+        tls_context(config.tls_certificate, config.tls_key)
+    return config
 
 
 def run(config: configuration.ServerConfig) -> None:
@@ -219,7 +234,11 @@ def run(config: configuration.ServerConfig) -> None:
     disks = configuration.make_disks(config)
     with access_log.opened(config.access_log, config.log_format) as log:
         events = Events(ServerStatus(look_at(disks), simulate=config.stalls))
-        server = Server(config, create_app(disks, events=events), disks, log)
+        app = create_app(disks, events=events, guard=access.opened(config, disks))
+        tls = None
+        if config.tls_certificate is not None and config.tls_key is not None:
+            tls = tls_context(config.tls_certificate, config.tls_key)
+        server = Server(config, app, disks, log, tls=tls)
         stop = Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             gevent.signal_handler(number, _stop_or_leave, stop)
@@ -262,7 +281,10 @@ def run_workers(load: Callable[[], configuration.ServerConfig], workers: int) ->
     from ..gunicorn import Application  # it costs a fifth of a second that one process alone need not spend
 
     _raise_descriptor_limit()
-    Application(load, workers).run()
+    application = Application(load, workers)
+    for warning in _exposed(application.config):
+        click.echo(f"warning: {warning}", err=True)
+    application.run()
 
 
 def _stop_or_leave(stop: Event) -> None:
@@ -287,7 +309,8 @@ def _admin_server(config: configuration.ServerConfig, disks: Disks) -> Iterator[
 
 def _announce(config: configuration.ServerConfig, server: Server, disks: Disks) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
-    logging.info("diskread %s listens on http://%s:%d/", version(), host, server.server_port)
+    scheme = "http" if config.tls_certificate is None else "https"
+    logging.info("diskread %s listens on %s://%s:%d/", version(), scheme, host, server.server_port)
     for disk in disks.values():
         if disk.root is not None:
             logging.info("disk %s: %s, %d slots", disk.name, disk.root, disk.limits.threads)
@@ -299,6 +322,24 @@ def _announce(config: configuration.ServerConfig, server: Server, disks: Disks) 
         logging.info("clients may simulate stalls: RC,MS,PATH")
         if not _is_loopback(config.host):
             logging.warning("%s is no loopback address: any client there can use up all slots", config.host)
+    for warning in _exposed(config):
+        logging.warning("%s", warning)
+
+
+def _exposed(config: configuration.ServerConfig) -> Iterator[str]:
+    """What a server lacks that others than this machine can reach, and what to do about it."""
+    if _is_loopback(config.host):
+        return
+    if config.tokens is None:
+        yield (
+            f"anybody who reaches {config.host} may read all files: name a file of tokens with --tokens; "
+            "'diskread token' makes one"
+        )
+    if config.tls_certificate is None:
+        yield (
+            f"what goes over {config.host} can be read on the way: give --tls-certificate and --tls-key, or put a "
+            "proxy with TLS in front of a loopback address"
+        )
 
 
 def _is_loopback(host: str) -> bool:
