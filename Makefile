@@ -3,6 +3,7 @@
 # make page   the tests of the server's page, in headless Chromium
 # make bench  the benchmarks, some 11 minutes; bench-gil, bench-hotpath, ... one of them
 # make seedtable  the table of the original experiment: ten languages beside diskread; as root, half an hour
+# make docs   the documentation, in build/docs
 # make lint   what CI checks besides the tests
 # make sanitize  the extension under ASan and UBSan
 # make soak   a minute of disks that hang and recover at random
@@ -13,7 +14,7 @@ EXTENSION = setup.py pyproject.toml $(wildcard src/diskread/*.h src/diskread/*.p
 
 BENCHMARKS = gil hotpath coldread busyhub http_files
 
-.PHONY: demo test page coverage bench seedtable $(BENCHMARKS:%=bench-%) lint sanitize soak clean prerequisites
+.PHONY: demo test page docs coverage bench seedtable $(BENCHMARKS:%=bench-%) lint sanitize soak clean prerequisites
 
 demo: $(VENV)/.installed
 	$(RUN)diskread demo
@@ -25,6 +26,10 @@ test: $(VENV)/.installed-test
 page: $(VENV)/.installed-page
 	scripts/test-packages --page
 	$(RUN)python -m pytest tests/page
+
+docs: $(VENV)/.installed-docs
+	$(RUN)python scripts/configuration-reference --check
+	$(RUN)mkdocs build --strict --quiet
 
 coverage: $(VENV)/.installed-test
 	$(RUN)python -m pytest --cov --cov-report=term
@@ -73,6 +78,10 @@ $(VENV)/.installed-page: $(VENV)/.installed-test
 
 $(VENV)/.installed-lint: $(VENV)/.installed
 	$(RUN)python -m pip install --quiet --group lint
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(RUN)python -m pip install --quiet --group docs
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
