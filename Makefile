@@ -4,6 +4,7 @@
 # make bench  the benchmarks, some 11 minutes; bench-gil, bench-hotpath, ... one of them
 # make seedtable  the table of the original experiment: ten languages beside diskread; as root, half an hour
 # make dist   source distribution and wheel, built and checked
+# make docs   the documentation, in build/docs
 # make lint   what CI checks besides the tests
 # make sanitize  the extension under ASan and UBSan
 # make soak   a minute of disks that hang and recover at random
@@ -14,7 +15,7 @@ EXTENSION = setup.py pyproject.toml $(wildcard src/diskread/*.h src/diskread/*.p
 
 BENCHMARKS = gil hotpath coldread busyhub http_files
 
-.PHONY: demo test page coverage bench seedtable $(BENCHMARKS:%=bench-%) lint sanitize soak dist clean prerequisites
+.PHONY: demo test page docs coverage bench seedtable $(BENCHMARKS:%=bench-%) lint sanitize soak dist clean prerequisites
 
 demo: $(VENV)/.installed
 	$(RUN)diskread demo
@@ -26,6 +27,10 @@ test: $(VENV)/.installed-test
 page: $(VENV)/.installed-page
 	scripts/test-packages --page
 	$(RUN)python -m pytest tests/page
+
+docs: $(VENV)/.installed-docs
+	$(RUN)python scripts/configuration-reference --check
+	$(RUN)mkdocs build --strict --quiet
 
 coverage: $(VENV)/.installed-test
 	$(RUN)python -m pytest --cov --cov-report=term
@@ -83,6 +88,10 @@ $(VENV)/.installed-lint: $(VENV)/.installed
 
 $(VENV)/.installed-dist: | $(VENV)/bin/python
 	$(RUN)python -m pip install --quiet --group dist
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(RUN)python -m pip install --quiet --group docs
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed

@@ -54,13 +54,26 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class DiskConfig(LimitsConfig, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """`[disk.NAME]`: a directory on a device of its own, and its limits."""
+    """`[disk.NAME]`: a directory on a device of its own, and its limits.
+
+    Attributes:
+        root: The directory. One disk is one device: a mount below it is refused.
+    """
 
     root: str
 
 
 class MirrorConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """`[mirror.NAME]`: disks with the same content. See `diskread.Mirror`."""
+    """`[mirror.NAME]`: disks with the same content. See `diskread.Mirror`.
+
+    Attributes:
+        disks: Names of two or more disks.
+        hedge_after: Seconds after which a disk that has not answered gets company from another one; "p95" is the 95th
+            percentile of its own recent reads; inf means never.
+        hedge_share: Hedges per read at most, between 0 and 1.
+        checksum_suffix: ".sha256" or the like: a body goes on from another disk if the checksum files beside the two
+            copies say the same, whatever their times; None: if size and time of modification are the same.
+    """
 
     disks: list[str]
     hedge_after: float | Literal["p95"] = "p95"
