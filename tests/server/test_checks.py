@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner
 
-from server.checks import machine
+from server.checks import machine, places
 from server.cli import main
 from server.config import DiskConfig, LimitsConfig, ServerConfig, make_disks
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from server.checks import Finding
+    from tests.server.raw_client import ServerProcess
 
     Check = Callable[..., "tuple[int, list[dict[str, Any]]]"]
 
@@ -95,7 +96,7 @@ def test_each_thing_that_is_wrong_has_a_next_step(check: Check, tmp_path: Path) 
         )
     assert status == 1
     for subject, verdict, text, step in (
-        (f"127.0.0.1 port {port}", "warning", "somebody listens", "ss -ltnp"),
+        (f"127.0.0.1 port {port}", "error", "another program listens", "ss -ltnp"),
         ("access log", "error", "/nowhere/log", "directory"),
         ("administrative socket", "error", "/nowhere", "directory"),
         ("disk gone", "error", "No such file", "mount it"),
@@ -106,6 +107,44 @@ def test_each_thing_that_is_wrong_has_a_next_step(check: Check, tmp_path: Path) 
         assert text in each["text"]
         assert step in each["next_step"]
     assert any("no file was found" in each["text"] for each in about(found, "disk empty"))
+
+
+def test_a_server_that_is_running_is_no_error(server: ServerProcess, check: Check) -> None:
+    _, found = check(f"port = {server.port}\n")
+    (each,) = about(found, f"127.0.0.1 port {server.port}")
+    assert (each["verdict"], "diskread server" in each["text"]) == ("warning", True)
+
+
+def test_a_log_on_the_device_of_a_disk_would_hang_with_it(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    _, found = check(f'access_log = "{tmp_path / "log"}"\n[disk.a]\nroot = "{tmp_path}"')
+    (each,) = about(found, "access log")
+    assert (each["verdict"], "same device as disk a" in each["text"]) == ("warning", True)
+
+
+def test_a_mirror_that_has_to_do_without_a_disk(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    disks = f'[disk.a]\nroot = "{tmp_path}"\n[disk.b]\nroot = "{tmp_path}/gone"\n[disk.c]\nroot = "{tmp_path}/gone"\n'
+    _, found = check(disks + '[mirror.m]\ndisks = ["a", "b"]\n[mirror.n]\ndisks = ["b", "c"]\n')
+    for subject, verdict, text in (("mirror m", "warning", "without b"), ("mirror n", "error", "b, c")):
+        (each,) = about(found, subject)
+        assert each["verdict"] == verdict
+        assert text in each["text"]
+
+
+def test_tokens_and_tls_have_to_be_usable(check: Check, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(CliRunner().invoke(main, ["token", "t", "--allow", "a"]).stderr)
+    status, found = check(f'tokens = "{tokens}"')
+    assert (status, about(found, "tokens")[0]["verdict"]) == (0, "ok")
+    tokens.write_text("[token.t]\nsha256 = 'x'\nallow = ['a']")
+    status, found = check(f'tokens = "{tokens}"\ntls_certificate = "{tokens}"\ntls_key = "{tmp_path}/none"')
+    assert status == 1
+    for subject in ("tokens", "TLS"):
+        (each,) = about(found, subject)
+        assert each["verdict"] == "error"
+        assert each["next_step"]
+        assert str(tokens) in each["text"]
 
 
 def test_disks_on_one_device_are_told(check: Check, tmp_path: Path) -> None:
@@ -151,7 +190,7 @@ def test_it_is_about_directories_or_a_configuration(tmp_path: Path) -> None:
 
 
 def test_an_address_that_is_not_of_this_machine_is_an_error() -> None:
-    found = only(machine.address(ServerConfig(host="192.0.2.1", port=7000)))
+    found = places.address(ServerConfig(host="192.0.2.1", port=7000), 5.0)
     assert found.verdict == "error"
     assert found.next_step is not None
     assert "ip address" in found.next_step

@@ -1,13 +1,11 @@
-"""What the machine and the user allow: system calls, descriptors, threads, the address, places of log and socket."""
+"""What the machine allows: system calls, descriptors, threads."""
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import pwd
 import resource
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +39,8 @@ def user() -> Iterator[Finding]:
         yield Finding(
             "user",
             "warning",
-            "checked as root, who may read everything",
-            "check as the user of the server: sudo -u diskread diskread check --config FILE",
+            "checked as root, who may read everything and has no limit of threads",
+            "if the server runs as another user, check as that one: sudo -u USER diskread check --config FILE",
         )
     else:
         yield Finding("user", "ok", f"checked as {name}; what another user may do can differ")
@@ -90,13 +88,16 @@ def descriptors(config: ServerConfig, disks: Disks) -> Iterator[Finding]:
     if hard == resource.RLIM_INFINITY or hard >= all_of_them:
         yield Finding("descriptors", "ok", f"{_limit(hard)} for {config.connections} connections and a file on each")
         return
-    step = f"LimitNOFILE={all_of_them} in the unit (ulimit -Hn for this shell), or connections = "
+    step = f"LimitNOFILE={all_of_them} in the unit (ulimit -Hn {all_of_them} for a shell)"
+    fitting = (hard - slots - SPARE_DESCRIPTORS) // 2
+    if fitting > 0:
+        step += f", or connections = {fitting}"
     if hard < least:
         text = f"{hard} are too few for {config.connections} connections: some clients would be refused"
-        yield Finding("descriptors", "error", text, f"{step}{max(1, (hard - slots - SPARE_DESCRIPTORS) // 2)}")
+        yield Finding("descriptors", "error", text, step)
     else:
         text = f"{hard} are enough for {config.connections} connections, but not for a file on each of them"
-        yield Finding("descriptors", "warning", text, f"{step}{(hard - slots - SPARE_DESCRIPTORS) // 2}")
+        yield Finding("descriptors", "warning", text, step)
 
 
 def _limit(value: int) -> str:
@@ -141,7 +142,7 @@ def pids_left(of_process: Path, mounted: Path) -> Iterator[tuple[int, int]]:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "pids"):
+        if controllers and "pids" not in controllers.split(","):
             continue
         top = mounted / controllers
         directory = top / path.lstrip("/")
@@ -150,7 +151,7 @@ def pids_left(of_process: Path, mounted: Path) -> Iterator[tuple[int, int]]:
                 break
             try:
                 limit, current = ((each / name).read_text("ascii").strip() for name in ("pids.max", "pids.current"))
-            except OSError:
+            except OSError:  # the uppermost has no limit; those above a container's are out of sight
                 continue
             if limit != "max":
                 yield max(0, int(limit) - int(current)), int(limit)
@@ -169,46 +170,3 @@ def _left_to_user() -> Iterator[tuple[int, str, str]]:
             except OSError:  # it has ended
                 continue
     yield max(0, soft - used), f"the user's limit of {soft} (ulimit -u)", "LimitNPROC= in the unit, or limits.conf(5)"
-
-
-def address(config: ServerConfig) -> Iterator[Finding]:
-    """Whether the server could listen. Blocks for as long as the DNS takes, where the host is a name."""
-    subject = f"{config.host} port {config.port}"
-    try:
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, where = found[0]
-        socket.create_server(where, family=family).close()
-    except OSError as error:
-        text = f"cannot be listened on: {error.strerror or error}"
-        if error.errno == errno.EADDRINUSE:
-            step = f"find out who it is: ss -ltnp 'sport = :{config.port}'"
-            yield Finding(subject, "warning", "somebody listens there: this server, if it is running", step)
-        elif error.errno == errno.EACCES:
-            step = "a port from 1024 on, or AmbientCapabilities=CAP_NET_BIND_SERVICE in the unit"
-            yield Finding(subject, "error", text, step)
-        else:
-            yield Finding(subject, "error", text, "an address of this machine: ip address; 0.0.0.0 is all of them")
-        return
-    yield Finding(subject, "ok", "free")
-
-
-def places(config: ServerConfig) -> Iterator[Finding]:
-    """Whether access log and administrative socket can be made. Blocks for as long as their file systems take."""
-    if config.access_log not in (None, "-"):
-        log = os.path.abspath(config.access_log or "")
-        exists = os.path.exists(log)
-        if os.access(log if exists else os.path.dirname(log), os.W_OK, effective_ids=True):
-            yield Finding("access log", "ok", f"{log} can be written")
-        else:
-            step = "a directory that is there and that the user of the server may write in, or - for standard output"
-            yield Finding("access log", "error", f"{log} cannot be written", step)
-    if config.admin_socket is not None:
-        directory = os.path.dirname(os.path.abspath(config.admin_socket))
-        if os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
-            yield Finding("administrative socket", "ok", f"{config.admin_socket} can be made")
-        else:
-            step = "make the directory for the user of the server; RuntimeDirectory= in the unit does, when it starts"
-            # Under systemd it is there only while the service is.
-            verdict = "warning" if directory.startswith("/run/") and not os.path.exists(directory) else "error"
-            text = f"no socket can be made in {directory}"
-            yield Finding("administrative socket", verdict, text, step)  # type: ignore[arg-type]

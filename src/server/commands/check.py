@@ -13,11 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from diskread import Disk, DiskError, Limits
+from diskread import Disk, DiskError, DiskTimeout, Limits
 from diskread.probe import probe
 
 from .. import config as configuration
-from ..checks import Report, disks, machine
+from ..checks import Report, disks, machine, places, protection
+from ..checks.bounded import within
+from .failure import CannotRun
+
+_COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
 class DirectoryFinding(msgspec.Struct, frozen=True):
@@ -57,13 +61,14 @@ class DirectoryFinding(msgspec.Struct, frozen=True):
     metavar="SECONDS",
     help="How long each directory, or disk, has to answer.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the findings for a program.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def check(directories: tuple[str, ...], path: Path | None, deadline: float, as_json: bool) -> None:
     """Tell whether a configuration works on this machine, or what diskread can do with directories.
 
-    With --config: system calls, descriptors, threads, the address, and of each disk whether it answers, its file
-    system, read-ahead and permissions; with the next step for everything that is not as it should be. Run it as the
-    user of the server, whose permissions are meant.
+    With --config: system calls, descriptors, threads, the address, the places of access log and administrative socket,
+    and of each disk and mirror whether it answers, its file system, device and permissions; with the next step for
+    everything that is not as it should be. Run it as the user of the server: it is that one's permissions and limits
+    that count.
 
     With directories: of each whether its device answers, and whether cached data can be read there without a thread.
     Reads without a thread need ext4 or xfs, Linux 6.5 or newer, and no seccomp filter in their way. Everywhere else
@@ -75,8 +80,8 @@ def check(directories: tuple[str, ...], path: Path | None, deadline: float, as_j
       diskread check --json /srv/*
       sudo -u diskread diskread check --config /etc/diskread/diskread.toml
 
-    Exit status: 0 when all is well, 1 when something is not (with --config: would not work; warnings are none),
-    2 for wrong options.
+    Exit status: 0 when all is well, 1 when something is not (with --config: there is an error; warnings alone are
+    none), 2 for wrong options or a wrong configuration.
     """
     if bool(directories) == (path is not None):
         raise click.UsageError("name either directories or a configuration (--config FILE)")
@@ -93,24 +98,6 @@ def check(directories: tuple[str, ...], path: Path | None, deadline: float, as_j
     else:
         _print(findings)
     sys.exit(0 if all(each.inline for each in findings) else 1)
-
-
-def _check_configuration(path: Path, deadline: float) -> Report:
-    try:
-        config = configuration.load(path)
-    except configuration.ConfigError as error:
-        raise click.UsageError(str(error)) from error
-    with configuration.make_disks(config) as those:
-        findings = [
-            *machine.user(),
-            *machine.kernel(),
-            *machine.descriptors(config, those),
-            *machine.threads(those),
-            *machine.address(config),
-            *machine.places(config),
-            *disks.look_at(those, deadline),
-        ]
-    return Report(all(each.verdict != "error" for each in findings), findings)
 
 
 def _look_at(directory: str, deadline: float) -> DirectoryFinding:
@@ -139,16 +126,42 @@ def _print(findings: list[DirectoryFinding]) -> None:
     Console().print(table)
 
 
-def _print_report(path: Path, report: Report) -> None:
-    table = Table(box=box.SIMPLE_HEAD, title=str(path), title_justify="left")
-    for heading in ("", "what", "finding, and what to do"):
-        table.add_column(heading)
-    styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
-    for each in report.findings:
-        text = each.text if each.next_step is None else f"{each.text}\n-> {each.next_step}"
-        table.add_row(Text(each.verdict, styles[each.verdict]), Text(each.subject), Text(text))
-    Console().print(table)
-
-
 def _yes(value: bool) -> str:
     return "[green]yes[/]" if value else "[yellow]no[/]"
+
+
+def _check_configuration(path: Path, deadline: float) -> Report:
+    try:
+        config = within(deadline, configuration.load, path)
+    except DiskTimeout:
+        raise CannotRun(f"{path}: its disk has not answered within {deadline:g} s") from None
+    except configuration.ConfigError as error:
+        raise CannotRun(str(error)) from error
+    with configuration.make_disks(config) as configured:
+        seen = disks.look(configured, deadline)
+        findings = [
+            *machine.user(),
+            *machine.kernel(),
+            *machine.descriptors(config, configured),
+            *machine.threads(configured),
+            places.address(config, deadline),
+            *places.files(config, seen, deadline),
+            *protection.files(config, deadline),
+            *disks.describe(configured, seen),
+            *disks.mirrors(configured, seen),
+        ]
+    return Report(all(each.verdict != "error" for each in findings), findings)
+
+
+def _print_report(path: Path, report: Report) -> None:
+    table = Table(box=box.SIMPLE_HEAD, title=Text(str(path)), title_justify="left")
+    for heading in ("", "what", "what was found, and what to do"):
+        table.add_column(heading)
+    for each in report.findings:
+        found = Text(each.text)
+        if each.next_step is not None:
+            found.append(f"\n-> {each.next_step}", "italic")
+        table.add_row(Text(each.verdict, _COLORS[each.verdict]), Text(each.subject), found)
+    Console().print(table)
+    counted = {verdict: sum(each.verdict == verdict for each in report.findings) for verdict in ("error", "warning")}
+    click.echo(", ".join(f"{count} {verdict}{'' if count == 1 else 's'}" for verdict, count in counted.items()))
