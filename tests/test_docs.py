@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from diskread import errors
+from diskread.metrics import DiskCollector, MirrorCollector
 from diskread.wsgi import status_of
 from server import config
 
@@ -361,6 +362,13 @@ def test_every_alert_has_its_section() -> None:
     sections = re.findall(r"^### (Diskread\w+)$", (DOCS / "operations.md").read_text("utf-8"), re.MULTILINE)
     assert sections == alerts
     assert len(alerts) > 5
+
+
+def test_the_metrics_are_those_that_there_are() -> None:
+    described = re.findall(r"`(diskread_\w+)`", (DOCS / "operations.md").read_text("utf-8"))
+    families = [*DiskCollector(list).collect(), *MirrorCollector(list).collect()]
+    there = [each.name + ("_total" if each.type == "counter" else "") for each in families]
+    assert sorted(described) == sorted(there)
 
 
 def test_every_error_has_its_row_and_its_status() -> None:
