@@ -28,6 +28,7 @@ import time
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.request import urlopen
 
 import pytest
 
@@ -255,10 +256,14 @@ class Shell:
     def _wait_for_server(self) -> None:
         ends = time.monotonic() + SECONDS
         while time.monotonic() < ends:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._place.port), 1):
-                return
+            with (
+                contextlib.suppress(OSError),
+                urlopen(f"http://127.0.0.1:{self._place.port}/status", timeout=5) as answer,
+            ):
+                if all(disk["state"] == "online" for disk in json.load(answer)["disks"]):
+                    return
             time.sleep(0.02)
-        raise AssertionError(f"the server does not listen: {self.said()}")
+        raise AssertionError(f"the server is not well: {self.said()}")
 
     def said(self) -> str:
         """Standard error of everything so far."""
