@@ -26,12 +26,16 @@ import sys
 import threading
 import time
 import zipfile
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 
 from diskread import errors
+from diskread.metrics import DiskCollector, MirrorCollector
 from diskread.wsgi import status_of
 from server import access, config
 
@@ -255,10 +259,18 @@ class Shell:
     def _wait_for_server(self) -> None:
         ends = time.monotonic() + SECONDS
         while time.monotonic() < ends:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._place.port), 1):
-                return
+            try:
+                with urlopen(f"http://127.0.0.1:{self._place.port}/status", timeout=5) as answer:
+                    if all(disk["state"] == "online" for disk in json.load(answer)["disks"]):
+                        return
+            except HTTPError as error:  # it wants a token
+                error.close()
+                if error.code == HTTPStatus.UNAUTHORIZED:
+                    return
+            except OSError:
+                pass
             time.sleep(0.02)
-        raise AssertionError(f"the server does not listen: {self.said()}")
+        raise AssertionError(f"the server is not well: {self.said()}")
 
     def said(self) -> str:
         """Standard error of everything so far."""
@@ -364,6 +376,13 @@ def test_every_alert_has_its_section() -> None:
     sections = re.findall(r"^### (Diskread\w+)$", (DOCS / "operations.md").read_text("utf-8"), re.MULTILINE)
     assert sections == alerts
     assert len(alerts) > 5
+
+
+def test_the_metrics_are_those_that_there_are() -> None:
+    described = re.findall(r"`(diskread_\w+)`", (DOCS / "operations.md").read_text("utf-8"))
+    families = [*DiskCollector(list).collect(), *MirrorCollector(list).collect()]
+    there = [each.name + ("_total" if each.type == "counter" else "") for each in families]
+    assert sorted(described) == sorted(there)
 
 
 def test_every_error_has_its_row_and_its_status() -> None:
