@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -18,6 +20,7 @@ from diskread.probe import probe
 
 from .. import config as configuration
 from ..checks import Report, disks, machine, places, protection
+from ..checks.apart import apart
 from ..checks.bounded import within
 from .failure import CannotRun
 
@@ -44,12 +47,18 @@ class DirectoryFinding(msgspec.Struct, frozen=True):
     advice: str | None
 
 
+class _UntouchedPath(click.Path):
+    """A path that is not looked at, because that may hang; `click.Path` calls stat(2) on whatever it is given."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
+
+
 @click.command("check", short_help="Tell whether a configuration works on this machine, or what a directory can do.")
-@click.argument("directories", nargs=-1, metavar="[DIR]...", type=click.Path())
+@click.argument("directories", nargs=-1, metavar="[DIR]...", type=_UntouchedPath())
 @click.option(
     "--config",
-    "path",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=_UntouchedPath(dir_okay=False),
     metavar="FILE",
     help="Look at everything that this configuration needs, and at all of its disks.",
 )
@@ -62,7 +71,7 @@ class DirectoryFinding(msgspec.Struct, frozen=True):
     help="How long each directory, or disk, has to answer.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def check(directories: tuple[str, ...], path: Path | None, deadline: float, as_json: bool) -> None:
+def check(directories: tuple[str, ...], config: str | None, deadline: float, as_json: bool) -> None:
     """Tell whether a configuration works on this machine, or what diskread can do with directories.
 
     With --config: system calls, descriptors, threads, the address, the places of access log and administrative socket,
@@ -83,16 +92,17 @@ def check(directories: tuple[str, ...], path: Path | None, deadline: float, as_j
     Exit status: 0 when all is well, 1 when something is not (with --config: there is an error; warnings alone are
     none), 2 for wrong options or a wrong configuration.
     """
-    if bool(directories) == (path is not None):
+    if bool(directories) == (config is not None):
         raise click.UsageError("name either directories or a configuration (--config FILE)")
-    if path is not None:
-        report = _check_configuration(path, deadline)
+    if config is not None:
+        path = Path(config)
+        report = apart(partial(_check_configuration, path, deadline))
         if as_json:
             click.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
         else:
             _print_report(path, report)
         sys.exit(0 if report.ok else 1)
-    findings = [_look_at(directory, deadline) for directory in directories]
+    findings = apart(lambda: [_look_at(directory, deadline) for directory in directories])
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(findings)).decode())
     else:
