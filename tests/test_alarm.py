@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diskread.alarm import Alarm
+from diskread.hubs.gevent import current
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def alarm() -> Iterator[Alarm]:
     # As what is waited for does, this keeps the loop running: the alarm's own timer does not.
     with gevent.Timeout(60):
-        yield Alarm(gevent.get_hub(), time.monotonic)
+        yield Alarm(current(), time.monotonic)
 
 
 def new_waiter() -> Waiter[bool]:
@@ -104,7 +105,7 @@ def test_waits_of_the_same_length_share_a_timer(alarm: Alarm) -> None:
 
 
 def test_its_timer_keeps_nothing_alive() -> None:
-    alarm = Alarm(gevent.get_hub(), time.monotonic)
+    alarm = Alarm(current(), time.monotonic)
     waiter = new_waiter()
     gevent.get_hub().loop.run_callback(waiter.switch, True)
     alarm.wait(waiter, time.monotonic() + 0.05)
@@ -123,7 +124,7 @@ def test_its_timer_keeps_nothing_alive() -> None:
 )
 def test_every_wait_ends_as_it_should(waits: list[tuple[int, int | None, bool]]) -> None:
     """Deadlines, ends and kills in any order (milliseconds): nobody is forgotten, nobody is woken too early."""
-    hub, alarm = gevent.get_hub(), Alarm(gevent.get_hub(), time.monotonic)
+    hub, alarm = gevent.get_hub(), Alarm(current(), time.monotonic)
     greenlets: list[gevent.Greenlet[..., Any]] = []
     for deadline, over, killed in waits:
         waiter, ends = new_waiter(), time.monotonic() + deadline / 1000

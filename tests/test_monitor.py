@@ -12,6 +12,7 @@ import gevent
 import pytest
 
 from diskread.health import Health, State
+from diskread.hubs.gevent import current
 from diskread.limits import Limits
 from diskread.monitor import Monitor
 
@@ -53,7 +54,7 @@ def watch() -> Iterator[Watch]:
 
     def make(schedule: Schedule) -> tuple[Monitor, Looks]:
         looks = Looks()
-        monitors.append(Monitor(cast("Health", schedule), gevent.get_hub(), time.monotonic, looks))
+        monitors.append(Monitor(cast("Health", schedule), current(), time.monotonic, looks))
         return monitors[-1], looks
 
     yield make
@@ -145,7 +146,7 @@ def test_a_look_may_stop_it(watch: Watch) -> None:
 
 def test_the_loop_does_not_keep_a_forgotten_monitor_alive() -> None:
     looks = Looks()
-    monitor = Monitor(cast("Health", Schedule(time.monotonic() + 0.05)), gevent.get_hub(), time.monotonic, looks)
+    monitor = Monitor(cast("Health", Schedule(time.monotonic() + 0.05)), current(), time.monotonic, looks)
     reference = weakref.ref(monitor)
     del monitor
     gc.collect()
@@ -160,7 +161,7 @@ def test_a_real_health_is_judged_without_anybody_asking() -> None:
     looks = Looks()
     looks.action = lambda: health.postpone_probe(time.monotonic())  # brings the verdict up to date, as each look does
     health.started("a", began)
-    monitor = Monitor(health, gevent.get_hub(), time.monotonic, looks)
+    monitor = Monitor(health, current(), time.monotonic, looks)
     until(lambda: looks.times and health.state(looks.times[-1]) is State.OFFLINE)
     monitor.stop()
     assert looks.times[-1] - began >= 0.19  # a look takes its time a moment before the verdict does

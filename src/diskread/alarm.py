@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gevent.hub import Hub, Waiter
+    from .hubs import Hub, Timer, Waiter
 
 SHORTEST_WAIT = 0.005
 """Seconds between two rings at the least: bounds what thousands of different deadlines cost. Added to each at most."""
@@ -32,10 +32,10 @@ class Alarm:
         self._hub = hub
         self._clock = clock
         self._due = math.inf
-        self._timer: Any = None  # gevent's watchers have no types
-        self._waits: dict[Waiter[bool], float] = {}
+        self._timer: Timer | None = None
+        self._waits: dict[Waiter, float] = {}
 
-    def wait(self, waiter: Waiter[bool], ends: float) -> bool:
+    def wait(self, waiter: Waiter, ends: float) -> bool:
         """Wait until somebody calls `waiter.switch(True)` in the hub, or has called it already. Blocks the greenlet.
 
         Args:
@@ -45,7 +45,7 @@ class Alarm:
         Returns:
             What the waiter was given; False when the deadline has passed.
 
-        What else ends the wait (gevent.Timeout, a killed greenlet) passes through.
+        What else ends the wait (a timeout of the loop's own, a killed greenlet) passes through.
         """
         if ends == math.inf:
             return waiter.get()
@@ -61,14 +61,12 @@ class Alarm:
         self._stop_timer()
         self._due = due
         # No reference on the loop: what they wait for holds one. Nor does it keep anything alive, like `Monitor`.
-        self._timer = self._hub.loop.timer(max(SHORTEST_WAIT, due - self._clock()), ref=False)
-        self._timer.start(_ring, weakref.ref(self))
+        self._timer = self._hub.timer(max(SHORTEST_WAIT, due - self._clock()), _ring, weakref.ref(self))
 
     def _stop_timer(self) -> None:
         self._due = math.inf
         if self._timer is not None:
             self._timer.stop()
-            self._timer.close()
             self._timer = None
 
     def _ring(self) -> None:

@@ -15,9 +15,8 @@ from functools import partial
 from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import gevent
-
-from ._cached import CachedFile, CachedReader, Tally, open_path, read_path, read_whole, unlinked
+from . import hubs
+from ._cached import CachedFile, CachedReader, open_path, read_path, read_whole, unlinked
 from ._syscalls import CloseMode, Job, Step
 from .errors import (
     DiskBusy,
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from types import TracebackType
 
+    from .hubs import HubName, Spawned
     from .workers import OnChange
 
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -226,11 +226,11 @@ class Disk:
     * `ValueError` for a negative or overflowing number;
     * `RuntimeError` after `close`, in the hub itself, or in another native thread.
 
-    A greenlet that is killed or runs into its own gevent.Timeout leaves at once; the system call that it waited for
+    A greenlet that is killed or runs into a timeout of its own leaves at once; the system call that it waited for
     ends when the kernel lets it, its slot is free then, and what it opened is closed.
     """
 
-    def __init__(self, name: str, root: Path | None, limits: Limits | None = None) -> None:
+    def __init__(self, name: str, root: Path | None, limits: Limits | None = None, *, hub: HubName = "gevent") -> None:
         """Describe a disk. Touches neither the device nor any thread: a dead disk does not delay its constructor.
 
         Args:
@@ -238,18 +238,21 @@ class Disk:
             root: The directory that all paths are relative to. It is opened on first use. None makes a disk without
                 files, on which only `stall` and `run` work.
             limits: How much it may use up; `Limits()` when None.
+            hub: Whose greenlets call it: "gevent", "eventlet", or "asyncio", which is what `diskread.aio.Disk` gives.
 
         Raises:
-            ValueError: An empty name, or a root with a NUL byte.
+            ValueError: An empty name, a root with a NUL byte, or an unknown hub.
         """
+        hubs.check_name(hub)
         if not name:
             raise ValueError("a disk needs a name")
         self._root = None if root is None else os.path.abspath(os.fsencode(root))
         if self._root is not None and b"\0" in self._root:
             raise ValueError(f"the root directory of disk {name} contains a NUL byte")
         self._name = name
+        self._hub: HubName = hub
         self._limits = Limits() if limits is None else limits
-        self._workers = Workers(name, self._limits, CLOCK, None if self._root is None else self._make_probe)
+        self._workers = Workers(name, self._limits, CLOCK, None if self._root is None else self._make_probe, hub)
         self._root_fd = -1
         self._root_device: int | None = None
         self._mounting = 0  # counts `set_online`: what was asked before says nothing about the disk of afterwards
@@ -264,6 +267,11 @@ class Disk:
     def name(self) -> str:
         """The name of the disk."""
         return self._name
+
+    @property
+    def hub(self) -> HubName:
+        """Whose greenlets call it."""
+        return self._hub
 
     @property
     def limits(self) -> Limits:
@@ -327,7 +335,7 @@ class Disk:
                 if deadline is not None:
                     check_deadline(deadline)
                 if inline.tally.due:
-                    _give_way(inline.tally)
+                    self._give_way()
                 return found
             if isinstance(found, CachedFile):
                 return self._read_rest(found, path, offset, size, self._ends(deadline))
@@ -360,7 +368,7 @@ class Disk:
         if not isinstance(found, bytes):
             return None
         if inline.tally.due:
-            _give_way(inline.tally)
+            self._give_way()
         return found
 
     def read_cached(self, path: Path, largest: int = FIRST_CHUNK) -> tuple[FileStat, bytes] | None:
@@ -387,7 +395,7 @@ class Disk:
         if found is None:
             return None
         if inline.tally.due:
-            _give_way(inline.tally)
+            self._give_way()
         return FileStat(*found.stat), found.prefix
 
     def open(self, path: Path, *, offset: int = 0, size: int = FIRST_CHUNK, deadline: float | None = None) -> DiskFile:
@@ -431,9 +439,9 @@ class Disk:
     def run(self, function: Callable[..., Result], *args: Any, deadline: float | None = None, **kwargs: Any) -> Result:
         """Run any other blocking call (os.listdir, os.fsync, a write) on the disk's slots, with the same promises.
 
-        The function runs in a native thread: it must not use gevent, and it should release the GIL while it blocks,
-        as the functions of `os` do. When its caller gives up it goes on to its end; the result is lost then, so it
-        should not open what has to be closed.
+        The function runs in a native thread: it must not use gevent or eventlet, and it should release the GIL while it
+        blocks, as the functions of `os` do. When its caller gives up it goes on to its end; the result is lost then, so
+        it should not open what has to be closed.
 
         Args:
             function: What to call with the other arguments.
@@ -623,7 +631,7 @@ class Disk:
                 tried = (prefix, found.error) if found.error else prefix
                 file._keep_first(offset, file._read(offset, wanted, ends, tried))
             elif self._inline.tally.due:
-                _give_way(self._inline.tally)
+                self._give_way()
         except BaseException:
             file.close()
             raise
@@ -739,6 +747,11 @@ class Disk:
         if b"\0" in name:
             raise DiskPathInvalid(self._name, name, "the path contains a NUL byte")
         return name
+
+    def _give_way(self) -> None:
+        """Let others have their turn: what is read at once never waits, and so never stops by itself."""
+        self._inline.tally.turn()
+        hubs.current(self._hub).give_way()
 
     def _run(
         self,
@@ -989,7 +1002,7 @@ class DiskFile:
             pieces.append(data)
             offset, size = offset + len(data), size - len(data)
             if self._tally.due:
-                _give_way(self._tally)
+                self._disk._give_way()
                 self._check_open()
             if error or len(data) < wanted or not size:
                 break
@@ -1029,7 +1042,8 @@ class DiskFile:
             chunk: bytes | Exception = self._first[begin : begin + stop - start] if begin else self._first
         else:
             chunk = self._attempt(start, min(CHUNK, stop - start), ends())
-        ahead = following = None
+        ahead: Spawned[bytes | Exception] | None = None
+        following: bytes | tuple[bytes, int] | None = None
         try:
             while start < stop:
                 if isinstance(chunk, Exception):
@@ -1046,7 +1060,7 @@ class DiskFile:
                     size = min(CHUNK, stop - start)
                     following = self._cached_chunk(start, size)
                     if not isinstance(following, bytes):
-                        ahead = gevent.spawn(self._attempt, start, size, ends(), following)
+                        ahead = hubs.current(self._disk._hub).spawn(self._attempt, start, size, ends(), following)
                 yield chunk
                 if ahead is not None:
                     chunk, ahead = ahead.get(), None
@@ -1054,7 +1068,7 @@ class DiskFile:
                     chunk = following
         finally:
             if ahead is not None:
-                ahead.kill(block=False)
+                ahead.kill()
 
     def _cached_chunk(self, offset: int, size: int) -> bytes | tuple[bytes, int] | None:
         """The next chunk, if no greenlet is needed to wait for it; else what was tried."""
@@ -1062,13 +1076,13 @@ class DiskFile:
             return None
         data, error = _data_and_error(self._reader.read(offset, size))
         if self._tally.due:
-            _give_way(self._tally)
+            self._disk._give_way()
         return (data, error) if error else data
 
     def _attempt(
         self, offset: int, size: int, ends: float, tried: bytes | tuple[bytes, int] | None = None
     ) -> bytes | Exception:
-        """Read; an error is a result, because gevent reports what is raised in a greenlet even when it is awaited."""
+        """Read; an error is a result, because loops report what is raised in a greenlet even when it is awaited."""
         try:
             return self._read(offset, size, ends, tried)
         except Exception as error:  # noqa: BLE001 - raised again by whoever takes the chunk
@@ -1100,20 +1114,6 @@ def _data_and_error(found: bytes | tuple[bytes, int] | None) -> tuple[bytes, int
 def _check_range(offset: int, size: int) -> None:
     if not 0 <= offset <= LARGEST or not 0 <= size <= LARGEST - offset:
         raise ValueError(f"offset and size must be between 0 and {LARGEST} bytes, not {offset} and {size}")
-
-
-def _give_way(tally: Tally) -> None:
-    """Let other greenlets have their turn, unless this is the hub itself."""
-    tally.turn()
-    hub = gevent.get_hub()
-    if gevent.getcurrent() is not hub:
-        # Not gevent.sleep(0): greenlets that only do that have their turns one after the other, and the loop looks at
-        # its sockets some ten times a second.
-        timer = hub.loop.timer(0)
-        try:
-            hub.wait(timer)
-        finally:
-            timer.close()
 
 
 def _nanoseconds(seconds: float) -> int:

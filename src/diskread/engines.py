@@ -1,4 +1,4 @@
-"""What runs the tasks of a disk in native threads: gevent's threadpool, or threads that never touch Python.
+"""What runs the tasks of a disk in native threads: those of the hub's own kind, or threads that never touch Python.
 
 An engine does not count slots: it is given no more tasks at a time than it has threads. Nothing here waits for a
 thread, and all of it is called on the hub's thread.
@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import weakref
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
-
-from gevent.threadpool import ThreadPool
+from typing import TYPE_CHECKING, Protocol
 
 from ._engine import Engine as NativeThreads
 from ._syscalls import Job
@@ -21,8 +17,7 @@ from ._syscalls import Job
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import gevent.hub
-
+    from .hubs import Hub, Watcher
     from .limits import Limits
 
     Completed = Callable[[], None]
@@ -57,52 +52,13 @@ class Engine(Protocol):
         """Let the threads go. Waits for none of them; a later `start` brings new ones."""
 
 
-def new_engine(limits: Limits, hub: gevent.hub.Hub) -> Engine:
+def new_engine(limits: Limits, hub: Hub) -> Engine:
     """The engine that the limits ask for; it starts no thread before there is work."""
-    return NativeEngine(limits, hub) if limits.engine == "native" else ThreadpoolEngine(limits, hub)
-
-
-class ThreadpoolEngine:
-    """gevent's threadpool: runs anything. Its threads take the GIL before and after each task."""
-
-    def __init__(self, limits: Limits, hub: gevent.hub.Hub) -> None:
-        self._limits = limits
-        self._hub = hub
-        self._in_flight = 0
-        self.pool = self._new_pool()
-
-    def _new_pool(self) -> ThreadPool:
-        idle = self._limits.idle
-        return ThreadPool(self._limits.threads, self._hub, idle_task_timeout=idle)  # type: ignore[arg-type]  # takes any number
-
-    @property
-    def threads(self) -> int:
-        """Threads that are alive, idle ones included."""
-        return self.pool.size
-
-    def start(self, task: Runnable, completed: Completed) -> None:
-        """See `Engine.start`."""
-        if not self.pool.maxsize:  # something to close has turned up after the threads were let go
-            self.pool = self._new_pool()
-        if self.pool.size <= self._in_flight:
-            # Before the task is in the pool's line, from where nobody can take it back if this fails.
-            self.pool.size = self._in_flight + 1
-        result = self.pool.spawn(task.run)
-        self._in_flight += 1
-        result.rawlink(partial(self._over, completed))
-
-    def _over(self, completed: Completed, _result: object) -> None:
-        self._in_flight -= 1
-        completed()
-
-    def dismiss(self) -> None:
-        """See `Engine.dismiss`."""
-        if self.pool.maxsize:
-            self.pool.maxsize = 0  # unlike ThreadPool.kill() this does not wait for the threads
+    return NativeEngine(limits, hub) if limits.engine == "native" else hub.new_engine(limits)
 
 
 class NativeEngine:
-    """Threads that make the visits of `Job`s without Python, and a threadpool for everything else.
+    """Threads that make the visits of `Job`s without Python, and the hub's own kind for everything else.
 
     A thread of this kind needs the GIL at no time, so a Job is at the disk at once and comes to its end however busy
     the interpreter is. One watcher of the hub collects everything that is over, any number of jobs at a time.
@@ -111,14 +67,14 @@ class NativeEngine:
     idle ones there may be more, until they leave.
     """
 
-    def __init__(self, limits: Limits, hub: gevent.hub.Hub) -> None:
+    def __init__(self, limits: Limits, hub: Hub) -> None:
         self._limits = limits
         self._hub = hub
         self._process = os.getpid()
-        self._others = ThreadpoolEngine(limits, hub)
+        self._others = hub.new_engine(limits)
         self._running: dict[Job, Completed] = {}
         self._native: NativeThreads | None = None
-        self._watcher: Any = None  # gevent's watchers have no types
+        self._watcher: Watcher | None = None
 
     @property
     def threads(self) -> int:
@@ -133,7 +89,8 @@ class NativeEngine:
         (self._native or self._begin()).submit(task)
         if not self._running:
             _BUSY.add(self)
-            self._watcher.ref = True
+            if self._watcher is not None:
+                self._watcher.ref = True
         self._running[task] = completed
 
     def dismiss(self) -> None:
@@ -145,14 +102,13 @@ class NativeEngine:
 
     def __del__(self) -> None:
         """Stop watching, in the hub: finalizers run in any thread, and watchers are for the hub's alone."""
-        if self._native is not None and self._process == os.getpid():
-            with contextlib.suppress(ValueError):  # the loop has gone before
-                self._hub.loop.run_callback_threadsafe(_stop, self._watcher, self._native)
+        if self._native is not None and self._watcher is not None and self._process == os.getpid():
+            with contextlib.suppress(ValueError, RuntimeError):  # the loop has gone before
+                self._hub.soon_from_any_thread(_stop, self._watcher, self._native)
 
     def _begin(self) -> NativeThreads:
         self._native = NativeThreads(self._limits.threads, self._limits.idle)
-        self._watcher = self._hub.loop.io(self._native.fileno(), _READABLE, ref=False)
-        self._watcher.start(_look, weakref.ref(self))
+        self._watcher = self._hub.watch(self._native.fileno(), _look, weakref.ref(self))
         return self._native
 
     def _collect(self) -> None:
@@ -166,7 +122,7 @@ class NativeEngine:
             try:
                 self._running.pop(job)()
             except Exception:  # noqa: BLE001  # like gevent's own links: the others in the batch are not to suffer
-                self._hub.handle_error(self, *sys.exc_info())
+                self._hub.report(self)
         if not self._running:
             _BUSY.discard(self)
             if self._watcher is not None:
@@ -174,13 +130,10 @@ class NativeEngine:
 
     def _forget(self) -> None:
         _BUSY.discard(self)
-        if self._native is not None:
+        if self._native is not None and self._watcher is not None:
             _stop(self._watcher, self._native)
         self._watcher = self._native = None
 
-
-_READABLE = 1
-"""The event of an io watcher of gevent that its descriptor can be read."""
 
 _BUSY: set[NativeEngine] = set()
 """Engines with jobs under way. The loop keeps none alive, so that a disk that nobody uses any more can go; but what is
@@ -193,7 +146,6 @@ def _look(reference: weakref.ref[NativeEngine]) -> None:
         engine._collect()
 
 
-def _stop(watcher: Any, _native: NativeThreads) -> None:
+def _stop(watcher: Watcher, _native: NativeThreads) -> None:
     """Stop watching what belongs to `_native`, whose descriptor must not be closed before."""
     watcher.stop()
-    watcher.close()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-import gevent
-from gevent.queue import Empty, SimpleQueue
-
+from . import hubs
 from .disk import CHUNK, CLOCK, FIRST_CHUNK, READ_AHEAD, Disk, DiskFile, FileStat, _check_range
 from .errors import (
     DiskBusy,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from .disk import Path
+    from .hubs import HubName, Spawned, Waiter
 
 Answer = TypeVar("Answer")
 
@@ -145,8 +145,8 @@ class Mirror:
                 piece, where the checksum file is not in the page cache.
 
         Raises:
-            ValueError: An empty name, no disk, the same disk (or name of a disk) twice, a disk without files, a
-                number out of its range, or a suffix that is empty or contains "/" or NUL.
+            ValueError: An empty name, no disk, the same disk (or name of a disk) twice, a disk without files, disks
+                of different hubs, a number out of its range, or a suffix that is empty or contains "/" or NUL.
         """
         if not name:
             raise ValueError("a mirror needs a name")
@@ -158,7 +158,10 @@ class Mirror:
             raise ValueError(f"mirror {name} has a disk without files")
         if checksum_suffix is not None and (not checksum_suffix or set(checksum_suffix) & {"/", "\0"}):
             raise ValueError(f"mirror {name} needs a suffix like .sha256 for checksum files, not {checksum_suffix!r}")
+        if len({disk.hub for disk in listed}) > 1:
+            raise ValueError(f"mirror {name} needs disks of one hub")
         self._name = name
+        self._hub: HubName = listed[0].hub
         self._checksum_suffix = None if checksum_suffix is None else os.fsencode(checksum_suffix)
         self._hedge_share = hedge_share
         self._policy = Policy(self._disks, self._look, hedge_after, hedge_share)
@@ -316,7 +319,7 @@ class Mirror:
         discard: Callable[[Answer], None] | None = None,
     ) -> tuple[str, Answer]:
         plan = Plan(self._policy, CLOCK(), ends, first)
-        return _Race(self._name, self._disks, plan, question, ends, discard).run()
+        return _Race(self._name, self._hub, self._disks, plan, question, ends, discard).run()
 
 
 class MirrorFile:
@@ -450,7 +453,7 @@ class MirrorFile:
             raise ValueError(f"{self!r} was closed")
 
     def _chunks(self, start: int, stop: int, deadline: float | None) -> Generator[bytes, None, None]:
-        ahead: gevent.Greenlet[..., bytes | Exception] | None = None
+        ahead: Spawned[bytes | Exception] | None = None
         following: bytes | None = None
         try:
             while start < stop:
@@ -465,14 +468,14 @@ class MirrorFile:
                     size = min(CHUNK, stop - start)
                     following = self._at_once(start, size)
                     if following is None:
-                        ahead = gevent.spawn(self._attempt, start, size, deadline)
+                        ahead = hubs.current(self._mirror._hub).spawn(self._attempt, start, size, deadline)
                 yield chunk
         finally:
             if ahead is not None:
-                ahead.kill(block=False)
+                ahead.kill()
 
     def _attempt(self, offset: int, size: int, deadline: float | None) -> bytes | Exception:
-        """Read; an error is a result, because gevent reports what is raised in a greenlet even when it is awaited."""
+        """Read; an error is a result, because loops report what is raised in a greenlet even when it is awaited."""
         try:
             self._check_open()
             piece = self._first_piece(offset, size)
@@ -538,6 +541,7 @@ class _Race(Generic[Answer]):
     def __init__(
         self,
         mirror: str,
+        hub: HubName,
         disks: Mapping[str, Disk],
         plan: Plan,
         question: Callable[[Disk, float], Answer],
@@ -551,8 +555,10 @@ class _Race(Generic[Answer]):
         self._ends = ends
         self._discard = discard
         self._over = False
-        self._replies: SimpleQueue[tuple[str, Answer | None, Exception | None]] = SimpleQueue()
-        self._attempts: list[gevent.Greenlet[..., None]] = []
+        self._hub = hubs.current(hub)
+        self._replies: deque[tuple[str, Answer | None, Exception | None]] = deque()
+        self._waiter: Waiter | None = None
+        self._attempts: list[Spawned[None]] = []
         self._errors: list[DiskError] = []
 
     def run(self) -> tuple[str, Answer]:
@@ -561,28 +567,39 @@ class _Race(Generic[Answer]):
         Raises:
             DiskError: None did.
         """
-        if gevent.getcurrent() is gevent.get_hub():
+        if not self._hub.may_wait():
             raise RuntimeError(f"{self._mirror}: the hub itself must not wait for a disk; spawn a greenlet")
         plan = self._plan
         try:
             while True:
                 while (name := plan.next(CLOCK())) is not None:
-                    self._attempts.append(gevent.spawn(self._attempt, name))
+                    self._attempts.append(self._hub.spawn(self._attempt, name))
                 now = CLOCK()
-                if plan.over(now) and self._replies.empty():
+                if plan.over(now) and not self._replies:
                     raise self._error()
-                try:
-                    name, answer, error = self._replies.get(
-                        timeout=None if plan.due == math.inf else max(0.0, plan.due - now)
-                    )
-                except Empty:
+                self._wait(plan.due - now)
+                if not self._replies:
                     continue
+                name, answer, error = self._replies.popleft()
                 if error is None:
                     plan.answered(name)
                     return name, answer  # type: ignore[return-value]  # None only beside an error
                 self._failed(name, error)
         finally:
             self._end()
+
+    def _wait(self, seconds: float) -> None:
+        """Until there is a reply, but not longer than some seconds. Blocks the greenlet."""
+        if self._replies or seconds <= 0:
+            return
+        self._waiter = waiter = self._hub.waiter()
+        timer = None if seconds == math.inf else self._hub.timer(seconds, waiter.switch, False, ref=True)
+        try:
+            waiter.get()
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.stop()
 
     def _failed(self, name: str, error: Exception) -> None:
         if isinstance(error, DiskFileNotFound):
@@ -600,7 +617,10 @@ class _Race(Generic[Answer]):
         except Exception as failure:  # noqa: BLE001 - the greenlet that waits raises it
             error = failure
         if not self._over:
-            self._replies.put((name, answer, error))
+            self._replies.append((name, answer, error))
+            if self._waiter is not None:
+                waiter, self._waiter = self._waiter, None
+                self._hub.soon(waiter.switch, True)
         elif answer is not None and self._discard is not None:
             self._discard(answer)
 
@@ -618,9 +638,9 @@ class _Race(Generic[Answer]):
         """Abandon who has not answered yet, and throw away what nobody takes any more. Never blocks."""
         self._over = True
         for attempt in self._attempts:
-            attempt.kill(block=False)
-        while not self._replies.empty():
-            _, answer, _ = self._replies.get()
+            attempt.kill()
+        while self._replies:
+            _, answer, _ = self._replies.popleft()
             if answer is not None and self._discard is not None:
                 self._discard(answer)
         self._errors = []

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import gevent.hub
-
     from .health import Health
+    from .hubs import Hub, Timer
 
 SHORTEST_WAIT = 0.01
 """Seconds between two looks at the least, whatever the timer's resolution makes of a time that is about to come."""
@@ -24,9 +23,7 @@ class Monitor:
     the loop, by way of the timer, keep the monitor alive, and with it a disk that nobody uses any more.
     """
 
-    def __init__(
-        self, health: Health, hub: gevent.hub.Hub, clock: Callable[[], float], look: Callable[[], None]
-    ) -> None:
+    def __init__(self, health: Health, hub: Hub, clock: Callable[[], float], look: Callable[[], None]) -> None:
         """Begin to watch.
 
         Args:
@@ -39,7 +36,7 @@ class Monitor:
         self._hub = hub
         self._clock = clock
         self._look = look
-        self._timer: Any = None
+        self._timer: Timer | None = None
         self._due = math.inf
         self._set(health.next_event(clock()))
 
@@ -62,13 +59,11 @@ class Monitor:
         self._stop_timer()
         self._due = due
         if due != math.inf:
-            self._timer = self._hub.loop.timer(max(SHORTEST_WAIT, due - self._clock()), ref=False)
-            self._timer.start(_ring, weakref.ref(self))
+            self._timer = self._hub.timer(max(SHORTEST_WAIT, due - self._clock()), _ring, weakref.ref(self))
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.stop()
-            self._timer.close()
             self._timer = None
 
     def _ring(self) -> None:

@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-import gevent
-from gevent.hub import Waiter
-
+from . import hubs
 from ._syscalls import Job
 from .alarm import Alarm
 from .engines import new_engine
@@ -39,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .health import Kind
+    from .hubs import HubName, Waiter
     from .limits import Limits
 
     ProbeMaker = Callable[[], tuple["Task", Callable[[], None]]]
@@ -148,7 +146,7 @@ class _Visit:
         self.asked = asked
         self.on_completed = on_completed
         self.started: float | None = None
-        self.waiter: Waiter[bool] | None = None
+        self.waiter: Waiter | None = None
         self.refused: DiskError | None = None
         self.abandoned = False
         self.completed = False
@@ -158,9 +156,9 @@ class _Visit:
 class _Crew:
     """The threads and slots of this process. Native threads do not survive fork(2): a child makes its own."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float], look: Callable[[_Crew], None]) -> None:
+    def __init__(self, hub: HubName, limits: Limits, clock: Callable[[], float], look: Callable[[_Crew], None]) -> None:
         self.process = os.getpid()
-        self.hub = gevent.get_hub()
+        self.hub = hubs.current(hub)
         self.engine = new_engine(limits, self.hub)
         self.alarm = Alarm(self.hub, clock)
         self.slots: Slots[_Visit] = Slots(limits.threads)
@@ -195,6 +193,7 @@ class Workers:
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
         make_probe: ProbeMaker | None = None,
+        hub: HubName = "gevent",
     ) -> None:
         """Prepare; no thread is started before there is work.
 
@@ -204,8 +203,10 @@ class Workers:
             clock: Monotonic time in seconds; another one is for tests.
             make_probe: Makes a task that asks the device whether it answers, and what to call in the hub when it is
                 over; None when there is nothing to ask.
+            hub: Whose greenlets wait.
         """
         self._name = name
+        self._hub: HubName = hub
         self._limits = limits
         self._clock = clock
         self._make_probe = make_probe
@@ -245,12 +246,13 @@ class Workers:
             DiskTimeout: The deadline passed, in the queue or in the kernel.
             RuntimeError: Called after `close`, in the hub itself, or in another native thread than before.
 
-        Whatever else ends the wait (gevent.Timeout, a killed greenlet) passes through; the task is abandoned then.
+        Whatever else ends the wait (a timeout of the loop's own, a killed greenlet) passes through; the task is
+        abandoned then.
         """
         visit = _Visit(task, path, self._clock(), on_completed)
         try:
             crew = self._crew_here()
-            visit.waiter = Waiter(crew.hub)
+            visit.waiter = crew.hub.waiter()
             self._enter(crew, visit, ends, longest_wait)
         except BaseException:
             self._drop(visit)
@@ -280,8 +282,8 @@ class Workers:
             crew is not None
             and not self._closed
             and crew.process == os.getpid()
-            and crew.hub.thread_ident == threading.get_ident()
-            and gevent.getcurrent() is not crew.hub
+            and crew.hub.here()
+            and crew.hub.may_wait()
             and crew.health.well(self._clock())
         )
 
@@ -326,10 +328,10 @@ class Workers:
         if descriptor >= 0:
             crew = self._crew_of_process()
             crew.to_close.append(descriptor)
-            if crew.hub.thread_ident == threading.get_ident():
+            if crew.hub.here():
                 self._close_waiting(crew)
             else:
-                crew.hub.loop.run_callback_threadsafe(self._close_waiting, crew)
+                crew.hub.soon_from_any_thread(self._close_waiting, crew)
 
     def close_descriptor_of_finalizer(self, descriptor: int) -> None:
         """The same for finalizers, which run in any thread and in the middle of anything.
@@ -340,7 +342,7 @@ class Workers:
         crew = self._crew
         if descriptor >= 0 and crew is not None and crew.process == os.getpid():
             crew.to_close.append(descriptor)
-            crew.hub.loop.run_callback_threadsafe(self._close_waiting, crew)
+            crew.hub.soon_from_any_thread(self._close_waiting, crew)
 
     def close(self) -> None:
         """Let the threads go: idle ones now, busy ones when their system call has returned. Never waits for them."""
@@ -384,12 +386,12 @@ class Workers:
 
     def _crew_of_process(self) -> _Crew:
         if self._crew is None or self._crew.process != os.getpid():
-            self._crew = _Crew(self._limits, self._clock, self._look)
+            self._crew = _Crew(self._hub, self._limits, self._clock, self._look)
         return self._crew
 
     def _crew_here(self) -> _Crew:
         crew = self._crew_of_process()
-        if crew.hub.thread_ident != threading.get_ident():
+        if not crew.hub.here():
             raise RuntimeError(
                 f"{self._name}: a disk belongs to the native thread that used it first; give this thread its own"
             )
@@ -400,7 +402,7 @@ class Workers:
         now, path = visit.asked, visit.path
         if self._closed:
             raise RuntimeError(f"{self._name}: the disk was closed")
-        if gevent.getcurrent() is crew.hub:
+        if not crew.hub.may_wait():
             raise RuntimeError(f"{self._name}: the hub itself must not wait for a disk; spawn a greenlet")
         refusal = crew.health.admit(now)
         if refusal is not None:
@@ -461,7 +463,7 @@ class Workers:
         """Tell a caller that what it waited for will not happen: soon, and not in the middle of what is being done."""
         assert visit.waiter is not None
         visit.refused = error
-        crew.hub.loop.run_callback(visit.waiter.switch, False)
+        crew.hub.soon(visit.waiter.switch, False)
 
     def _empty_line(self, crew: _Crew, now: float) -> None:
         """The disk is offline: nobody waits for it any more."""
@@ -520,7 +522,7 @@ class Workers:
             visit.on_completed()
         self.close_descriptor(descriptor)
         crew = self._crew_of_process()
-        if crew.hub.thread_ident == threading.get_ident():
+        if crew.hub.here():
             self._dismiss_when_idle(crew)
 
     def _keep_descriptor(self, crew: _Crew, visit: _Visit) -> None:
@@ -575,7 +577,7 @@ class Workers:
             if verdict == _WELL:
                 self.recent_disk_time.forget()  # those of the hang that is over say nothing of what comes
             if self.on_change is not None:
-                crew.hub.loop.run_callback(self.on_change, *verdict)
+                crew.hub.soon(self.on_change, *verdict)
         crew.monitor.expect(health.next_event(now))
 
     def _send_probe(self, crew: _Crew, now: float) -> None:
