@@ -9,6 +9,7 @@ except ImportError as error:
         "installed package."
     ) from error
 
+from .descriptor import Descriptor
 from .disk import CHUNK, FIRST_CHUNK, Counts, Disk, DiskFile, DiskStatus, FileStat, StallTimes
 from .disks import Disks
 from .errors import (
@@ -33,6 +34,7 @@ __all__ = [
     "CHUNK",
     "FIRST_CHUNK",
     "Counts",
+    "Descriptor",
     "Disk",
     "DiskBusy",
     "DiskError",

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from . import hubs
 from ._cached import CachedFile, CachedReader, open_path, read_path, read_whole, unlinked
 from ._syscalls import CloseMode, Job, Step
+from .calls import Call, OpeningCall
+from .descriptor import Descriptor
 from .errors import (
     DiskBusy,
     DiskFileChanged,
@@ -135,34 +137,6 @@ class DiskStatus:
     queue_time: Latency
     disk_time: Latency
     inline: InlineStatus
-
-
-class _Call:
-    """Any blocking call, dressed as a task: the outcome is kept as a value, whatever it is."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
-        self._abandoned = False
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.seconds = self.progress = 0.0
-        self.size = self.count = 0
-
-    def run(self) -> None:
-        if self._abandoned:
-            return
-        started = CLOCK()
-        try:
-            self.result = self._function()
-        except BaseException as error:  # noqa: BLE001 - it is raised again where the caller waits
-            self.error = error
-        self.seconds = CLOCK() - started
-
-    def abandon(self) -> None:
-        self._abandoned = True
-
-    def take_descriptor(self) -> int:
-        return -1
 
 
 class _FirstVisit:
@@ -441,7 +415,7 @@ class Disk:
 
         The function runs in a native thread: it must not use gevent or eventlet, and it should release the GIL while it
         blocks, as the functions of `os` do. When its caller gives up it goes on to its end; the result is lost then, so
-        it should not open what has to be closed.
+        it should not open what has to be closed: that is for `run_open`.
 
         Args:
             function: What to call with the other arguments.
@@ -455,13 +429,32 @@ class Disk:
             DiskTimeout: As the class says.
             Exception: Whatever the function raises.
         """
-        call = _Call(lambda: function(*args, **kwargs))
-        self._run(call, self._ends(deadline), None)
-        if call.error is not None:
-            raise call.error
-        self._counts.reads += 1
-        result: Result = call.result
+        result: Result = self._call(Call(lambda: function(*args, **kwargs)), self._ends(deadline))
         return result
+
+    def run_open(
+        self, function: Callable[..., int], *args: Any, deadline: float | None = None, **kwargs: Any
+    ) -> Descriptor:
+        """Run a blocking call that opens a file (or anything else that close(2) closes) on the disk's slots.
+
+        When its caller has given up meanwhile, what it has opened is closed in a worker.
+
+        Args:
+            function: What to call with the other arguments, in a native thread: see `run`. It returns the number of an
+                open descriptor, which nobody else closes.
+            deadline: Seconds for all of it.
+
+        Returns:
+            The descriptor, to be closed by its `close` or a `with` block.
+
+        Raises:
+            DiskBusy: As the class says.
+            DiskTimeout: As the class says.
+            Exception: Whatever the function raises.
+        """
+        call = OpeningCall(lambda: function(*args, **kwargs))
+        self._call(call, self._ends(deadline))
+        return Descriptor(self, call.take_descriptor())
 
     def stall(
         self,
@@ -685,13 +678,13 @@ class Disk:
         self._sample = name
         return job
 
-    def _make_probe(self) -> tuple[_Call, Callable[[], None]]:
+    def _make_probe(self) -> tuple[Call, Callable[[], None]]:
         """What asks the device whether it answers, and what becomes of the answer."""
         assert self._root is not None
-        call = _Call(partial(probe, self._root, self._root_device, self._sample))
+        call = Call(partial(probe, self._root, self._root_device, self._sample))
         return call, partial(self._probed, call, self._mounting)
 
-    def _probed(self, call: _Call, mounting: int) -> None:
+    def _probed(self, call: Call, mounting: int) -> None:
         if mounting != self._mounting:
             return
         if isinstance(call.error, RootLost):
@@ -755,7 +748,7 @@ class Disk:
 
     def _run(
         self,
-        task: Job | _Call | _FirstVisit,
+        task: Job | Call | _FirstVisit,
         ends: float,
         path: bytes | None,
         *,
@@ -775,6 +768,20 @@ class Disk:
         except BaseException:
             self._counts.abandoned += 1
             raise
+
+    def _call(
+        self,
+        call: Call,
+        ends: float,
+        path: bytes | None = None,
+        on_completed: Callable[[], None] | None = None,
+    ) -> Any:
+        """Run a call, and return or raise what came of it. `path` says what it is about, in errors and the log."""
+        self._run(call, ends, path, on_completed=on_completed)
+        if call.error is not None:
+            raise call.error
+        self._counts.reads += 1
+        return call.result
 
     def _check(self, job: Job, path: bytes | None) -> None:
         if job.error:

@@ -1,0 +1,302 @@
+"""The disk of each device of a Swift server: one per process, whichever storage policies keep something on it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import time
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import eventlet
+from eventlet import hubs, tpool
+from swift.common.utils import dump_recon_cache
+
+from .._cached import CachedReader
+from .._syscalls import thread_ident
+from ..calls import Call, OpeningCall
+from ..descriptor import Descriptor
+from ..disk import CLOCK, Disk
+from ..errors import DiskBusy, DiskOffline, DiskTimeout
+from ..health import State
+from ..inline import LIMIT, Capability, capability
+from .errors import DeviceOffline, DeviceTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .configuration import Settings
+
+Result = TypeVar("Result")
+
+RECENTLY = 1.0
+"""Seconds for which a device that was found mounted is taken to be so, until it is looked at where it is used."""
+
+
+class Device:
+    """One device: runs what touches it in its disk's workers, and says so where Swift's operators look.
+
+    It belongs to the native thread that made it. Called from there its methods block the calling green thread, never
+    the hub. Everywhere else (eventlet's tpool, the workers themselves) they do what is asked for on the spot: such a
+    thread may block.
+    """
+
+    def __init__(self, path: str, name: str, settings: Settings, logger: Any, recon_file: str) -> None:
+        """Does not touch the device.
+
+        Args:
+            path: Where it is mounted.
+            name: Its name.
+            settings: Limits and deadlines.
+            logger: Swift's, which is also its client of statsd.
+            recon_file: Where recon keeps what the object server tells it.
+        """
+        self.path = path
+        self.name = name
+        self.settings = settings
+        self._logger = logger
+        self._recon_file = recon_file
+        self._home = thread_ident()
+        self._disk = _MountedDisk(name, path, settings.limits, hub="eventlet")
+        self._disk.on_change = partial(_changed, weakref.ref(self))
+        self._seen = -math.inf
+        self._root = os.fsencode(path) + b"/"
+
+    @property
+    def disk(self) -> Disk:
+        """The disk that it is."""
+        return self._disk
+
+    def here(self) -> bool:
+        """Whether the caller must not block: it is a green thread of the hub that serves everybody."""
+        return self._home == thread_ident() and eventlet.getcurrent() is not hubs.get_hub().greenlet
+
+    def run(
+        self,
+        function: Callable[..., Result],
+        *args: Any,
+        about: str | None = None,
+        deadline: float | None = None,
+        **kwargs: Any,
+    ) -> Result:
+        """Run a blocking call on the device's slots.
+
+        Args:
+            function: What to call with the other arguments.
+            about: The path that it is about, for the log.
+            deadline: Seconds for all of it; None: diskread_deadline.
+
+        Raises:
+            DeviceOffline: The device is offline.
+            DeviceTimeout: The deadline passed, or no slot is free.
+            Exception: Whatever the function raises.
+        """
+        if not self.here():
+            return function(*args, **kwargs)
+        call = Call(lambda: function(*args, **kwargs))
+        result: Result = self._translated(
+            lambda: self._disk._call(call, self._disk._ends(deadline), self._label(about))
+        )
+        return result
+
+    def open(self, function: Callable[[], int], about: str) -> Descriptor:
+        """Run a call that opens a descriptor; closed in a worker when nobody waits for it any more.
+
+        Args:
+            function: What to call. It returns the descriptor.
+            about: The path that is opened, for the log.
+
+        Raises:
+            DeviceOffline: As `run` says.
+            DeviceTimeout: As `run` says.
+            Exception: Whatever the function raises.
+        """
+        call = OpeningCall(function)
+        self._translated(lambda: self._disk._call(call, self._disk._ends(None), self._label(about)))
+        return Descriptor(self._disk, call.take_descriptor())
+
+    def use(self, descriptor: Descriptor, function: Callable[..., Result], *args: Any, about: str) -> Result:
+        """Run a blocking call with a descriptor of the device as its first argument; see `run`."""
+        call = Call(lambda: function(descriptor.fileno(), *args))
+        result: Result = self._translated(lambda: descriptor._call(call, self._disk._ends(None), self._label(about)))
+        return result
+
+    def look(self, function: Callable[[], Result]) -> Result:
+        """Run a call that sees whether it is mounted, and learn in the same hop what may be read inline on it.
+
+        Args:
+            function: What to call. It returns nothing (or what is false) if it is not.
+
+        Raises:
+            DeviceOffline: As `run` says.
+            DeviceTimeout: As `run` says.
+            Exception: Whatever the function raises.
+        """
+        inline = self._disk._inline
+        if not self.here():
+            return function()
+        if not inline.open_question:
+            found = self.run(function)
+        else:
+            found, allowed = self.run(_look, function, self.path)
+            if allowed is not None:
+                inline.learn(allowed)
+        if found:
+            self.seen()
+        return found
+
+    def seen(self) -> None:
+        """It was just seen to be mounted."""
+        self._seen = CLOCK()
+
+    def inline_reader(self, descriptor: int, size: int) -> CachedReader | None:
+        """What reads a file as far as it is in the page cache; None where that could block.
+
+        Args:
+            descriptor: The file, open. Reads leave its access time alone from now on: updates wait for the journal.
+            size: Its size in bytes.
+        """
+        inline = self._disk._inline
+        if not inline.on or not self.here():
+            return None
+        if inline.flags:
+            try:
+                fcntl.fcntl(descriptor, fcntl.F_SETFL, inline.flags)
+            except OSError as error:  # EPERM: somebody else's file
+                inline.failed(error.errno or 0)
+                return None
+        return CachedReader(descriptor, size, LIMIT, inline.window, inline.tally)
+
+    def give_way(self) -> None:
+        """Let others have their turn, now and then: what is read at once never waits, and so never stops by itself."""
+        if self._disk._inline.tally.due:
+            self._disk._give_way()
+
+    def recently_seen(self) -> bool:
+        """Whether it was seen to be mounted a moment ago. Who uses it then looks again where that may block."""
+        return CLOCK() < self._seen + RECENTLY
+
+    @property
+    def unknown(self) -> bool:
+        """Whether it was never seen to be mounted, and nothing is under way on it."""
+        return self._seen < 0 and not self._disk._workers.glance()[2]
+
+    def _label(self, about: str | None) -> bytes | None:
+        if about is None:
+            return None
+        path = os.fsencode(about)
+        return path[len(self._root) :] if path.startswith(self._root) else path
+
+    def _translated(self, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except DiskTimeout as error:
+            self._count("timeouts")
+            raise DeviceTimeout(str(error)) from None
+        except DiskBusy as error:
+            self._count("rejections")
+            raise DeviceTimeout(str(error)) from None
+        except DiskOffline as error:
+            self._count("rejections")
+            raise DeviceOffline(str(error)) from None
+
+    def _count(self, what: str) -> None:
+        self._logger.increment(f"diskread.{self.name}.{what}")
+
+    def tell(self, state: State, reason: str | None) -> None:
+        """Say that its state has changed: to the log, to statsd and to recon. In a green thread: it may wait."""
+        self._count(state.value.replace("-", "_"))
+        if state is State.OFFLINE:
+            self._logger.error("Device %s is offline: %s", self.name, reason)
+        elif state is State.SUSPECT:
+            self._logger.warning("Device %s is suspect: an operation has missed its deadline", self.name)
+        else:
+            self._logger.info("Device %s is %s", self.name, state.value)
+        load = self._disk.status.load
+        entry = {"state": state.value, "reason": reason, "since": time.time(), "stuck": load.stuck, "pid": os.getpid()}
+        tpool.execute(dump_recon_cache, {"diskread": {self.name: entry}}, self._recon_file, self._logger)
+
+    def warn(self, message: str) -> None:
+        """Say something to the log. In a green thread: it may wait."""
+        self._logger.warning("%s", message)
+
+
+def _look(function: Callable[[], Result], path: str) -> tuple[Result, Capability | None]:
+    found = function()
+    if not found:
+        return found, None
+    root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return found, capability(root)
+    finally:
+        os.close(root)
+
+
+class _MountedDisk(Disk):
+    """A disk whose device may be exchanged: Swift checks by itself that something is mounted there (mount_check)."""
+
+    def _make_probe(self) -> tuple[Call, Callable[[], None]]:
+        self._root_device = None
+        return super()._make_probe()
+
+
+class Devices:
+    """The devices of a manager. Those of all managers of a process are the same."""
+
+    def __init__(self, settings: Settings, logger: Any, recon_file: str) -> None:
+        """See `Device` for the parameters."""
+        self._settings = settings
+        self._logger = logger
+        self._recon_file = recon_file
+        self._devices: dict[str, Device] = {}
+
+    def at(self, path: str) -> Device:
+        """The device that is mounted at a path; made when it is first asked for."""
+        device = self._devices.get(path)
+        if device is None:
+            key = (path, thread_ident())
+            device = _all.get(key)
+            if device is None:
+                name = os.path.basename(path)
+                device = _all[key] = Device(path, name, self._settings, self._logger, self._recon_file)
+                _slow_log.devices[name] = device
+                weakref.finalize(device, device.disk.close).atexit = False
+            self._devices[path] = device
+        return device
+
+    def forget(self, path: str) -> None:
+        """There is no such device: whoever asks for anything is not to make the process grow."""
+        self._devices.pop(path, None)
+
+
+_all: weakref.WeakValueDictionary[tuple[str, int], Device] = weakref.WeakValueDictionary()
+
+
+def _changed(reference: weakref.ref[Device], state: State, reason: str | None) -> None:
+    device = reference()
+    if device is not None:
+        # We are in the hub, which must not wait: a handler of Swift's logger may.
+        eventlet.spawn_n(device.tell, state, reason)
+
+
+class _SlowLog(logging.Handler):
+    """Brings the lines about slow and stuck operations into Swift's log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.devices: weakref.WeakValueDictionary[str, Device] = weakref.WeakValueDictionary()
+
+    def createLock(self) -> None:  # noqa: N802 - the name is that of logging.Handler
+        self.lock = None  # only green threads of one hub come here, and none waits in `emit`
+
+    def emit(self, record: logging.LogRecord) -> None:
+        device = self.devices.get(getattr(record, "disk", ""))
+        if device is not None:
+            eventlet.spawn_n(device.warn, record.getMessage())
+
+
+_slow_log = _SlowLog()
+logging.getLogger("diskread").addHandler(_slow_log)
