@@ -168,8 +168,11 @@ class ReaderMixin:
         self._diskfile.device.run(stock, msg, about=self._data_file)
 
 
-class WriterMixin:
-    """The stock writers' methods, in the workers of the device."""
+class WriterMixin(diskfile.BaseDiskFileWriter):
+    """The stock writers' methods, in the workers of the device.
+
+    It has to come between the stock writer of a policy and the base class, whose `_put` that one calls by name.
+    """
 
     _bytes_per_sync: int
     _chunks_etag: Any
@@ -286,10 +289,15 @@ class WriterMixin:
                 self._last_sync = self._written
 
 
-class ErasureCodedWriterMixin(WriterMixin):
-    """The same for erasure-coded policies, whose writers have a second phase."""
+class CommitMixin:
+    """The second phase of the writers of erasure-coded policies, in a worker."""
 
+    _datadir: str
+    _descriptor: Descriptor | None
+    _device: Device
+    _diskfile: Any
     _finalize_durable: Callable[..., None]
+    manager: Any
 
     def commit(self, timestamp: Any) -> None:
         if self._descriptor is None:

@@ -17,7 +17,7 @@ from ..disk import CLOCK
 from .configuration import read_settings
 from .devices import Devices
 from .errors import DeviceOffline
-from .files import ErasureCodedWriterMixin, FileMixin, ReaderMixin, WriterMixin
+from .files import CommitMixin, FileMixin, ReaderMixin, WriterMixin
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
@@ -33,7 +33,7 @@ class DiskFileReader(ReaderMixin, diskfile.DiskFileReader):
     """Reads an object of a replicated policy."""
 
 
-class DiskFileWriter(WriterMixin, diskfile.DiskFileWriter):
+class DiskFileWriter(diskfile.DiskFileWriter, WriterMixin):
     """Writes an object of a replicated policy."""
 
 
@@ -48,7 +48,7 @@ class ECDiskFileReader(ReaderMixin, diskfile.ECDiskFileReader):
     """Reads a fragment archive."""
 
 
-class ECDiskFileWriter(ErasureCodedWriterMixin, diskfile.ECDiskFileWriter):
+class ECDiskFileWriter(CommitMixin, diskfile.ECDiskFileWriter, WriterMixin):
     """Writes a fragment archive."""
 
 
