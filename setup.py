@@ -9,12 +9,12 @@ from setuptools import Extension, setup
 extensions = [
     Extension(
         f"diskread.{name}",
-        [f"src/diskread/{name}.pyx"],
+        [f"src/diskread/{name.replace('.', '/')}.pyx"],
         depends=["src/diskread/_page_cache.h"],
         extra_compile_args=["-O2", "-Wall", "-Wextra", *os.environ.get("DISKREAD_CFLAGS", "").split()],
         extra_link_args=os.environ.get("DISKREAD_LDFLAGS", "").split(),
     )
-    for name in ("_cached", "_engine", "_syscalls")
+    for name in ("_cached", "_engine", "_syscalls", "swift._object")
 ]
 
 setup(ext_modules=cythonize(extensions, compiler_directives={"language_level": 3}))

@@ -70,6 +70,22 @@ class Descriptor:
         result: Result = self._call(Call(lambda: function(number, *args, **kwargs)), ends, None)
         return result
 
+    def detach(self) -> int:
+        """Hand its number over to the caller, who closes it.
+
+        Returns:
+            The number; -1 when a call with it is under way. It is closed here in that case, like any other.
+
+        Raises:
+            ValueError: It was closed.
+        """
+        number = self.fileno()
+        if self._in_flight:
+            self.close()
+            return -1
+        self._closed = True
+        return number
+
     def close(self) -> None:
         """Close it in a worker as soon as nothing uses it any more. Never blocks."""
         if not self._closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import math
@@ -20,7 +21,7 @@ from .._syscalls import thread_ident
 from ..calls import Call, OpeningCall
 from ..descriptor import Descriptor
 from ..disk import CLOCK, Disk
-from ..errors import DiskBusy, DiskOffline, DiskTimeout
+from ..errors import DiskBusy, DiskError, DiskOffline, DiskTimeout
 from ..health import State
 from ..inline import LIMIT, Capability, capability
 from .errors import DeviceOffline, DeviceTimeout
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
     from .configuration import Settings
 
 Result = TypeVar("Result")
+
+CLOSE_WITHIN = 0.05
+"""Seconds for which files that are no longer used are gathered: to close each by itself would cost a hop each."""
+
+MOST_TO_CLOSE = 100
+"""Files that are gathered at most."""
 
 RECENTLY = 1.0
 """Seconds for which a device that was found mounted is taken to be so, until it is looked at where it is used."""
@@ -63,6 +70,7 @@ class Device:
         self._disk = _MountedDisk(name, path, settings.limits, hub="eventlet")
         self._disk.on_change = partial(_changed, weakref.ref(self))
         self._seen = -math.inf
+        self._to_close: list[int] = []
         self._root = os.fsencode(path) + b"/"
 
     @property
@@ -124,6 +132,19 @@ class Device:
         result: Result = self._translated(lambda: descriptor._call(call, self._disk._ends(None), self._label(about)))
         return result
 
+    def close(self, descriptor: Descriptor) -> None:
+        """Close a descriptor in a worker, soon. Never blocks."""
+        if not self.here():
+            descriptor.close()
+            return
+        number = descriptor.detach()
+        if number >= 0:
+            self._to_close.append(number)
+            if len(self._to_close) == 1:
+                eventlet.spawn_after(CLOSE_WITHIN, self._close_all)
+            elif len(self._to_close) == MOST_TO_CLOSE:
+                eventlet.spawn_n(self._close_all)
+
     def look(self, function: Callable[[], Result]) -> Result:
         """Run a call that sees whether it is mounted, and learn in the same hop what may be read inline on it.
 
@@ -184,6 +205,16 @@ class Device:
         """Whether it was never seen to be mounted, and nothing is under way on it."""
         return self._seen < 0 and not self._disk._workers.glance()[2]
 
+    def _close_all(self) -> None:
+        numbers, self._to_close = self._to_close, []
+        if not numbers:
+            return
+        try:
+            self._disk.run(_close_each, numbers)
+        except DiskError:  # the device hangs: what the worker has not taken is closed when the kernel lets it
+            while numbers:
+                self._disk._workers.close_descriptor(numbers.pop())
+
     def _label(self, about: str | None) -> bytes | None:
         if about is None:
             return None
@@ -222,6 +253,13 @@ class Device:
     def warn(self, message: str) -> None:
         """Say something to the log. In a green thread: it may wait."""
         self._logger.warning("%s", message)
+
+
+def _close_each(numbers: list[int]) -> None:
+    """In a worker, or whoever else takes a number from the list."""
+    with contextlib.suppress(IndexError):
+        while True:
+            os.close(numbers.pop())
 
 
 def _look(function: Callable[[], Result], path: str) -> tuple[Result, Capability | None]:

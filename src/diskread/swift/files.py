@@ -16,10 +16,12 @@ import os
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from swift.common.utils import Timestamp
+from swift.common.utils import Timestamp, md5
+from swift.common.utils.pickle import unpickle
 from swift.obj import diskfile
 
 from ..inline import LIMIT
+from ._object import open_object
 from .errors import DeviceOffline
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
     from ..descriptor import Descriptor
     from .devices import Device
+
+FIRST_SIZE = 1 << 18
+"""Bytes that the visit that opens an object brings with it: all of a small one."""
 
 WRITE_SIZE = 1 << 20
 """Bytes that are gathered before they are written."""
@@ -52,16 +57,12 @@ class ProtectedFile:
         self._device = device
         self._descriptor = descriptor
         self.name = name
+        self.closed = False
         self._size = size
         self._position = 0
         self._buffer, self._buffer_start = first, 0
         self._ahead = 0
         self._reader = device.inline_reader(descriptor.fileno(), size)
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return self._descriptor.closed
 
     def fileno(self) -> int:
         """The number of its descriptor; for whoever may block."""
@@ -111,9 +112,11 @@ class ProtectedFile:
 
     def close(self) -> None:
         """Close it in a worker. Never blocks."""
-        self._reader = None
-        self._buffer = b""
-        self._descriptor.close()
+        if not self.closed:
+            self.closed = True
+            self._reader = None
+            self._buffer = b""
+            self._device.close(self._descriptor)
 
     def __enter__(self) -> ProtectedFile:
         """Return the file itself."""
@@ -313,17 +316,11 @@ class CommitMixin:
         self._device.run(self._finalize_durable, path, durable_path, timestamp, about=durable_path)
 
 
-class FileMixin:
+class FileMixin(diskfile.BaseDiskFile):
     """The stock disk files' methods, in the workers of the device."""
 
-    _content_length: int
-    _data_file: str
-    _datadir: str
-    _device_path: str
-    _disk_chunk_size: int
     _fp: Any
-    get_metadata: Callable[[], Any]
-    manager: Any
+    _name: Any
 
     @property
     def device(self) -> Device:
@@ -332,7 +329,7 @@ class FileMixin:
         return device
 
     def open(self, modernize: bool = False, current_time: Any = None) -> Any:
-        return self._open(modernize, current_time, first=self._disk_chunk_size)
+        return self._open(modernize, current_time, first=FIRST_SIZE)
 
     def read_metadata(self, current_time: Any = None) -> Any:
         with self._open(False, current_time, first=0):
@@ -345,9 +342,20 @@ class FileMixin:
         device, stock = self.device, super().open
         if not device.here():
             return stock(modernize=modernize, current_time=current_time)
-        begin: list[bytes] = []
+        begin = b""
 
         def visit() -> int:
+            nonlocal begin
+            found = None if modernize else open_object(os.fsencode(self._datadir), first)
+            if found is not None:
+                descriptor, name, metadata, checksum, begin = found
+                try:
+                    if self._take(descriptor, os.fsdecode(name), metadata, checksum, current_time):
+                        return descriptor
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+                os.close(descriptor)
             if not self.manager.get_dev_path(device.name):
                 raise DeviceOffline(f"{device.name} is not mounted")
             try:
@@ -359,15 +367,46 @@ class FileMixin:
             file, self._fp = self._fp, None
             with file:
                 descriptor = os.dup(file.fileno())
-            if first:
-                with contextlib.suppress(OSError):  # who reads it finds out, and the stock reader knows what to do
-                    begin.append(_read_at(descriptor, 0, first))
+            with contextlib.suppress(OSError):  # who reads it finds out, and the stock reader knows what to do
+                begin = _read_at(descriptor, 0, first)
             return descriptor
 
         descriptor = device.open(visit, self._datadir)
         device.seen()
-        self._fp = ProtectedFile(device, descriptor, self._data_file, self._content_length, b"".join(begin))
+        self._fp = ProtectedFile(device, descriptor, self._data_file, self._content_length, begin)
         return self
+
+    def _take(self, descriptor: int, name: str, metadata: bytes, checksum: bytes | None, current_time: Any) -> bool:
+        """Do what the stock method does with the only file of an object. In a worker.
+
+        Returns:
+            Whether it was that simple. If not, that method has to begin anew.
+        """
+        if checksum is not None and md5(metadata, usedforsecurity=False).hexdigest().encode() != checksum:
+            return False
+        try:
+            known = diskfile._decode_metadata(unpickle(metadata, encoding="bytes"), b"_codecs\nencode" in metadata[:32])
+        except Exception:  # noqa: BLE001 - whatever it is: the stock method knows what it means
+            return False
+        self._data_file = self._get_ondisk_files([name], self.policy).get("data_file")
+        if self._data_file != os.path.join(self._datadir, name):
+            return False
+        self._datafile_metadata, self._metadata = known, dict(known)
+        if self._name is None:
+            self._name = known["name"]
+            self._verify_name_matches_hash(self._data_file)
+        self._verify_data_file(self._data_file, _Opened(descriptor), current_time)
+        return True
+
+
+class _Opened:
+    """A descriptor, where the stock method wants a file."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
 
 
 def _read_at(descriptor: int, offset: int, size: int) -> bytes:
