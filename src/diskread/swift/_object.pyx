@@ -23,9 +23,13 @@ cdef extern from *:
     #include <sys/stat.h>
     #include <sys/syscall.h>
     #include <sys/types.h>
+    #include <sys/uio.h>
     #include <sys/xattr.h>
     #include <unistd.h>
 
+    #ifndef RWF_NOWAIT
+    #define RWF_NOWAIT 0x00000008 /* linux/fs.h */
+    #endif
     #define DISKREAD_NAME 256 /* NAME_MAX and its end */
     #define DISKREAD_VALUE 8192
 
@@ -59,6 +63,11 @@ cdef extern from *:
                 memcpy(name, entry->d_name, length + 1);
             }
         }
+    }
+
+    static ssize_t diskread_pread_cached(int descriptor, char *buffer, size_t size, int64_t offset) {
+        struct iovec vector = {.iov_base = buffer, .iov_len = size};
+        return preadv2(descriptor, &vector, 1, offset, RWF_NOWAIT);
     }
 
     /* 1 when everything is as it usually is; the descriptor is open then, and closed otherwise. */
@@ -96,23 +105,25 @@ cdef extern from *:
         ssize_t checksum_size
         char *checksum
     int c_open_object "diskread_open_object"(const char *path, diskread_object *found) nogil
+    ssize_t c_pread_cached "diskread_pread_cached"(int descriptor, char *buffer, size_t size, int64_t offset) nogil
     ssize_t c_pread "pread"(int descriptor, void *buffer, size_t size, int64_t offset) nogil
     int c_close "close"(int descriptor) nogil
 
 
-def open_object(bytes directory not None, Py_ssize_t first):
-    """open_object(directory: bytes, first: int) -> tuple[int, bytes, bytes, bytes | None, bytes] | None
+def open_object(bytes directory not None, Py_ssize_t needed, Py_ssize_t first):
+    """open_object(directory: bytes, needed: int, first: int) -> tuple[int, bytes, bytes, bytes | None, bytes] | None
 
     Open the only file of an object's directory and read what Swift keeps with it. Blocks the native thread, without the
     GIL, for as long as the device takes.
 
     Args:
         directory: The path of the directory.
-        first: Bytes to read from its beginning in the same visit.
+        needed: Bytes to read from its beginning in the same visit, whatever that takes.
+        first: Bytes to read from there if they are in the page cache; at least `needed`.
 
     Returns:
         Its descriptor (the caller's to close), name, metadata (user.swift.metadata), their checksum if they have one, and
-        its first bytes: fewer than asked for when it is shorter, none when they could not be read. None when anything is
+        its first bytes: fewer when it is shorter, or when they could not be read. None when anything is
         unusual.
 
     Raises:
@@ -136,7 +147,10 @@ def open_object(bytes directory not None, Py_ssize_t first):
         buffer = PyBytes_AS_STRING(data)
         with nogil:
             while done < wanted:
-                count = c_pread(found.descriptor, buffer + done, wanted - done, done)
+                if done < needed:
+                    count = c_pread(found.descriptor, buffer + done, min(wanted, needed) - done, done)
+                else:
+                    count = c_pread_cached(found.descriptor, buffer + done, wanted - done, done)
                 if count <= 0:
                     break
                 done += count

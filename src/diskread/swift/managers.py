@@ -17,7 +17,9 @@ from ..disk import CLOCK
 from .configuration import read_settings
 from .devices import Devices
 from .errors import DeviceOffline
-from .files import CommitMixin, FileMixin, ReaderMixin, WriterMixin
+from .files import FileMixin
+from .reading import ReaderMixin
+from .writing import CommitMixin, WriterMixin
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
