@@ -86,7 +86,7 @@ class EventletHub:
             eventlet.sleep(0)
 
     def new_engine(self, limits: Limits) -> PlainThreads:
-        return PlainThreads(limits, self, _original_thread.start_new_thread)
+        return PlainThreads(limits, self, _original_thread.start_new_thread, _end_hub)
 
     def report(self, context: object) -> None:
         sys.stderr.write(f"in {context!r}:\n")
@@ -110,6 +110,20 @@ class EventletHub:
 
     def __del__(self) -> None:
         os.close(self._bell)
+
+
+def _end_hub() -> None:
+    """End the hub of this native thread, if a task has made eventlet give it one (a Timeout, a sleep).
+
+    Else its greenlet would outlive the thread, and with greenlet 3.5 a garbage collection after that crashes: the memory
+    of the thread's main greenlet, its parent, is free by then (seen in `green_is_gc`, called by `tp_traverse`).
+    """
+    hub = getattr(hubs._threadlocal, "hub", None)
+    if hub is not None:
+        if hub.running:
+            hub.abort(wait=True)
+        del hubs._threadlocal.hub
+        hub.greenlet = None
 
 
 class _Waiter:

@@ -28,18 +28,24 @@ class PlainThreads:
     """
 
     def __init__(
-        self, limits: Limits, hub: Hub, start_thread: Callable[[Callable[..., None], tuple[object, ...]], int]
-    ):
+        self,
+        limits: Limits,
+        hub: Hub,
+        start_thread: StartThread,
+        leave: Callable[[], None] = lambda: None,
+    ) -> None:
         """No thread is started before there is work.
 
         Args:
             limits: How long a thread may be idle.
             hub: Where completions are told.
             start_thread: `_thread.start_new_thread`, as it was before anybody patched it.
+            leave: What a thread calls when it ends.
         """
         self._idle = min(limits.idle, TIMEOUT_MAX)
         self._hub = hub
         self._start_thread = start_thread
+        self._leave = leave
         self._work: SimpleQueue[Work | None] = SimpleQueue()
         self._threads = 0
         self._in_flight = 0
@@ -53,7 +59,7 @@ class PlainThreads:
         """See `Engine.start`."""
         if self._threads <= self._in_flight:
             # With the name of the engine alone: one that nobody uses any more is not kept by its idle threads.
-            self._start_thread(_run, (self._work, self._idle, self._hub, weakref.ref(self)))
+            self._start_thread(_run, (self._work, self._idle, self._hub, weakref.ref(self), self._leave))
             self._threads += 1
         self._in_flight += 1
         self._work.put((task, lambda: self._over(completed)))
@@ -85,7 +91,13 @@ class PlainThreads:
             self._let_go()
 
 
-def _run(work: SimpleQueue[Work | None], idle: float, hub: Hub, engine: weakref.ref[PlainThreads]) -> None:
+def _run(
+    work: SimpleQueue[Work | None],
+    idle: float,
+    hub: Hub,
+    engine: weakref.ref[PlainThreads],
+    leave: Callable[[], None],
+) -> None:
     """What a thread does. The loop may go while a task is at the disk: nobody is left to be told then."""
     with suppress(RuntimeError, ValueError, OSError):
         while True:
@@ -95,12 +107,13 @@ def _run(work: SimpleQueue[Work | None], idle: float, hub: Hub, engine: weakref.
                 hub.soon_from_any_thread(_has_been_idle, engine)
                 continue
             if found is None:
-                return
+                break
             task, over = found
             task.run()
             hub.soon_from_any_thread(over)
             # What was under way is kept by the loop until it is over, and not by a thread that is idle.
             del found, task, over
+    leave()
 
 
 def _has_been_idle(reference: weakref.ref[PlainThreads]) -> None:

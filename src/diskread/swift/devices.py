@@ -70,6 +70,7 @@ class Device:
         self._disk = _MountedDisk(name, path, settings.limits, hub="eventlet")
         self._disk.on_change = partial(_changed, weakref.ref(self))
         self._seen = -math.inf
+        self._seen_mounted = False
         self._to_close: list[int] = []
         self._root = os.fsencode(path) + b"/"
 
@@ -145,11 +146,12 @@ class Device:
             elif len(self._to_close) == MOST_TO_CLOSE:
                 eventlet.spawn_n(self._close_all)
 
-    def look(self, function: Callable[[], Result]) -> Result:
-        """Run a call that sees whether it is mounted, and learn in the same hop what may be read inline on it.
+    def look(self, function: Callable[[], Result], *, mount_check: bool) -> Result:
+        """Run a call that sees whether it is there, and learn in the same hop what may be read inline on it.
 
         Args:
             function: What to call. It returns nothing (or what is false) if it is not.
+            mount_check: Whether that asks for a mount point, and not for a directory only.
 
         Raises:
             DeviceOffline: As `run` says.
@@ -166,12 +168,12 @@ class Device:
             if allowed is not None:
                 inline.learn(allowed)
         if found:
-            self.seen()
+            self.seen(mount_check=mount_check)
         return found
 
-    def seen(self) -> None:
-        """It was just seen to be mounted."""
-        self._seen = CLOCK()
+    def seen(self, *, mount_check: bool) -> None:
+        """It was just seen to be there, as a mount point or as a directory."""
+        self._seen, self._seen_mounted = CLOCK(), mount_check
 
     def inline_reader(self, descriptor: int, size: int) -> CachedReader | None:
         """What reads a file as far as it is in the page cache; None where that could block.
@@ -196,9 +198,9 @@ class Device:
         if self._disk._inline.tally.due:
             self._disk._give_way()
 
-    def recently_seen(self) -> bool:
-        """Whether it was seen to be mounted a moment ago. Who uses it then looks again where that may block."""
-        return CLOCK() < self._seen + RECENTLY
+    def recently_seen(self, *, mount_check: bool) -> bool:
+        """Whether it was seen to be there a moment ago. Who uses it then looks again where that may block."""
+        return CLOCK() < self._seen + RECENTLY and (self._seen_mounted or not mount_check)
 
     @property
     def unknown(self) -> bool:
@@ -264,13 +266,14 @@ def _close_each(numbers: list[int]) -> None:
 
 def _look(function: Callable[[], Result], path: str) -> tuple[Result, Capability | None]:
     found = function()
-    if not found:
-        return found, None
-    root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        return found, capability(root)
-    finally:
-        os.close(root)
+    if found:
+        with contextlib.suppress(OSError):  # not known then: the next look asks again
+            root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                return found, capability(root)
+            finally:
+                os.close(root)
+    return found, None
 
 
 class _MountedDisk(Disk):
@@ -298,10 +301,10 @@ class Devices:
             key = (path, thread_ident())
             device = _all.get(key)
             if device is None:
-                name = os.path.basename(path)
+                name = os.path.basename(path.rstrip("/")) or path
                 device = _all[key] = Device(path, name, self._settings, self._logger, self._recon_file)
                 _slow_log.devices[name] = device
-                weakref.finalize(device, device.disk.close).atexit = False
+                weakref.finalize(device, _close, device.disk).atexit = False
             self._devices[path] = device
         return device
 
@@ -311,6 +314,14 @@ class Devices:
 
 
 _all: weakref.WeakValueDictionary[tuple[str, int], Device] = weakref.WeakValueDictionary()
+
+
+def _close(disk: Disk) -> None:
+    """Close a disk that nobody uses any more, from whichever thread and in the middle of anything."""
+    crew = disk._workers._crew
+    if crew is not None and crew.process == os.getpid():
+        with contextlib.suppress(RuntimeError, ValueError, OSError):  # the loop has gone: so have its threads
+            crew.hub.soon_from_any_thread(disk.close)
 
 
 def _changed(reference: weakref.ref[Device], state: State, reason: str | None) -> None:

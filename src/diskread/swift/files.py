@@ -78,7 +78,7 @@ class FileMixin(diskfile.BaseDiskFile):
             return descriptor
 
         descriptor = device.open(visit, self._datadir)
-        device.seen()
+        device.seen(mount_check=self.manager.mount_check)
         self._fp = ProtectedFile(device, descriptor, self._data_file, self._content_length, begin)
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from contextlib import contextmanager
@@ -9,7 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from eventlet import sleep
-from swift.common.exceptions import DiskFileDeviceUnavailable, PartitionLockTimeout, ReplicationLockTimeout
+from swift.common.exceptions import (
+    DiskFileDeviceUnavailable,
+    DiskFileError,
+    PartitionLockTimeout,
+    ReplicationLockTimeout,
+)
 from swift.common.utils import get_zero_indexed_base_string, mkdirs
 from swift.obj import diskfile
 
@@ -69,6 +75,7 @@ class ManagerMixin:
 
     devices: str
     logger: Any
+    mount_check: bool
     replication_concurrency_per_device: int
     replication_lock_timeout: int
     use_splice: bool
@@ -108,7 +115,9 @@ class ManagerMixin:
             return path
         found = self.device(device)
         try:
-            checked: str | None = found.look(partial(stock, device, mount_check))
+            checked: str | None = found.look(
+                partial(stock, device, mount_check), mount_check=bool(mount_check or self.mount_check)
+            )
         except DeviceOffline:
             return None
         if checked is None and found.unknown:
@@ -119,7 +128,7 @@ class ManagerMixin:
         self, device: str, partition: Any, account: str, container: str, obj: str, policy: Any, **kwargs: Any
     ) -> Any:
         found = self.device(device)
-        if found.recently_seen():
+        if found.recently_seen(mount_check=self.mount_check):
             # Opening it looks whether the device is mounted; asking for it would cost one more hop.
             return self.diskfile_cls(  # type: ignore[attr-defined]
                 self, found.path, partition, account, container, obj, policy=policy, use_splice=False, **kwargs
@@ -136,8 +145,6 @@ class ManagerMixin:
         self, device: str, partition: Any, suffixes: Iterable[str] | None, policy: Any, skip_rehash: bool = False
     ) -> Any:
         found = self.device(device)
-        if not found.here():
-            return super().get_hashes(device, partition, suffixes, policy, skip_rehash)
         path = self.get_dev_path(device)
         if not path:
             raise DiskFileDeviceUnavailable
@@ -262,7 +269,11 @@ def _lock(
                 raise timeout(seconds, path) from None
         sleep(min(LOCK_POLL, max(0.0, ends - CLOCK())))
     with held:
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(DiskFileError):  # the device hangs: closing it unlocks it, whenever that is
+                device.use(held, fcntl.flock, fcntl.LOCK_UN, about=path)
 
 
 def _take_lock(directory: str, path: str, limit: int) -> int:

@@ -79,9 +79,6 @@ class WriterMixin(diskfile.BaseDiskFileWriter):
         return self
 
     def write(self, chunk: bytes) -> None:
-        if self._descriptor is None:
-            super().write(chunk)
-            return
         if not self._fd:
             raise ValueError("Writer is not open")
         self._chunks_etag.update(chunk)
@@ -89,7 +86,7 @@ class WriterMixin(diskfile.BaseDiskFileWriter):
         self._unwritten.append(chunk)
         self._unwritten_size += len(chunk)
         if self._unwritten_size >= WRITE_SIZE:
-            self._device.use(self._descriptor, self._write_all, self._take_unwritten(), about=self._datadir)
+            self._visit(self._write_all, self._take_unwritten(), about=self._datadir)
 
     def close(self) -> None:
         if not self._in_worker:
@@ -106,9 +103,6 @@ class WriterMixin(diskfile.BaseDiskFileWriter):
         self._tmppath = None
 
     def _put(self, metadata: dict[str, Any], cleanup: bool = True, *args: Any, **kwargs: Any) -> None:
-        if self._descriptor is None:
-            super()._put(metadata, cleanup, *args, **kwargs)
-            return
         timestamp = Timestamp(metadata["X-Timestamp"])
         of_type = metadata.get("Content-Type-Timestamp")
         filename = self.manager.make_on_disk_filename(
@@ -123,7 +117,14 @@ class WriterMixin(diskfile.BaseDiskFileWriter):
             self._write_all(descriptor, unwritten)
             self._finalize_put(metadata, target_path, cleanup, logger_thread_locals=log_context)
 
-        self._device.use(self._descriptor, visit, about=target_path)
+        self._visit(visit, about=target_path)
+
+    def _visit(self, function: Callable[..., None], *args: Any, about: str) -> None:
+        """Call something with the descriptor, in a worker unless the file was opened where blocking does not matter."""
+        if self._descriptor is not None:
+            self._device.use(self._descriptor, function, *args, about=about)
+        else:
+            function(self._fd, *args)
 
     def _take_unwritten(self) -> list[bytes]:
         chunks, self._unwritten, self._unwritten_size = self._unwritten, [], 0
@@ -148,16 +149,12 @@ class CommitMixin:
     """The second phase of the writers of erasure-coded policies, in a worker."""
 
     _datadir: str
-    _descriptor: Descriptor | None
     _device: Device
     _diskfile: Any
     _finalize_durable: Callable[..., None]
     manager: Any
 
     def commit(self, timestamp: Any) -> None:
-        if self._descriptor is None:
-            super().commit(timestamp)
-            return
         path, durable_path = (
             os.path.join(
                 self._datadir,
