@@ -531,8 +531,12 @@ def file_system(int descriptor):
         OSError: What fstatfs(2) says.
     """
     cdef int64_t kind = 0, flags = 0
-    if statfs_of(descriptor, &kind, &flags) != 0:
-        raise OSError(errno, "fstatfs failed")
+    cdef int error
+    with nogil:
+        # Whoever takes the GIL back may lose errno.
+        error = errno if statfs_of(descriptor, &kind, &flags) != 0 else 0
+    if error:
+        raise OSError(error, "fstatfs failed")
     return kind, flags
 
 

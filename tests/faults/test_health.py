@@ -79,6 +79,19 @@ def test_a_hung_probe_holds_one_slot_and_no_second_is_sent(
     assert read(disk) == CONTENT[:PAGE]
 
 
+def test_a_probe_that_hangs_while_it_asks_for_the_file_system(
+    hangable: FaultFS, make_sick: MakeSick, beside: Beside
+) -> None:
+    """What is mounted may be a server's: statfs(2) waits for it, and nobody else is to."""
+    disk = make_sick(hangable.root)
+    assert read(disk) == CONTENT[:PAGE]
+    hangable.hang("statfs")
+    until(lambda: offline(disk), "the verdict")
+    assert [each.op for each in hangable.held()] == ["statfs"]
+    hangable.release()
+    until(lambda: not offline(disk), "the probe to come back")
+
+
 def test_an_offline_disk_without_a_free_slot_comes_back_with_a_stuck_read(
     hangable: FaultFS, make_sick: MakeSick, beside: Beside
 ) -> None:
