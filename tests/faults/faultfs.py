@@ -85,6 +85,9 @@ RENAME_IN = struct.Struct("<Q")  # fuse_rename_in: newdir
 RENAME2_IN = struct.Struct("<QI4x")  # fuse_rename2_in: newdir, flags
 HANDLE_IN = struct.Struct("<Q")  # fuse_release_in, fuse_fsync_in: fh
 READ_IN = struct.Struct("<QQI20x")  # fuse_read_in, fuse_write_in: fh, offset, size
+SETXATTR_IN = struct.Struct("<II")  # fuse_setxattr_in without FUSE_SETXATTR_EXT: size, flags
+GETXATTR_IN = struct.Struct("<I4x")  # fuse_getxattr_in: size; 0 asks for the size only
+GETXATTR_OUT = struct.Struct("<I4x")  # fuse_getxattr_out: size
 WRITE_OUT = struct.Struct("<I4x")  # fuse_write_out: size
 # fuse_kstatfs: blocks, bfree, bavail, files, ffree, bsize, namelen, frsize
 STATFS_OUT = struct.Struct("<5Q3I28x")
@@ -146,6 +149,10 @@ class Opcode(enum.IntEnum):
     STATFS = 17
     RELEASE = 18
     FSYNC = 20
+    SETXATTR = 21
+    GETXATTR = 22
+    LISTXATTR = 23
+    REMOVEXATTR = 24
     FLUSH = 25
     INIT = 26
     OPENDIR = 27
@@ -485,6 +492,24 @@ class PassThrough:
         os.close(HANDLE_IN.unpack_from(request.body)[0])
         return b""
 
+    def _setxattr(self, request: Request) -> bytes:
+        size, flags = SETXATTR_IN.unpack_from(request.body)
+        name, _, value = request.body[SETXATTR_IN.size :].partition(b"\0")
+        os.setxattr(self._real_path(request), name, value[:size], flags)
+        return b""
+
+    def _getxattr(self, request: Request) -> bytes:
+        name = request.body[GETXATTR_IN.size :].rstrip(b"\0")
+        return _fitted(request, os.getxattr(self._real_path(request), name))
+
+    def _listxattr(self, request: Request) -> bytes:
+        names = os.listxattr(self._real_path(request))
+        return _fitted(request, b"".join(os.fsencode(name) + b"\0" for name in names))
+
+    def _removexattr(self, request: Request) -> bytes:
+        os.removexattr(self._real_path(request), request.body.rstrip(b"\0"))
+        return b""
+
     def _opendir(self, request: Request) -> bytes:
         self._last_listing += 1
         self._listings[self._last_listing] = [".", "..", *sorted(os.listdir(self._real_path(request)))]
@@ -529,6 +554,10 @@ class PassThrough:
         Opcode.CREATE: _create,
         Opcode.READ: _read,
         Opcode.WRITE: _write,
+        Opcode.SETXATTR: _setxattr,
+        Opcode.GETXATTR: _getxattr,
+        Opcode.LISTXATTR: _listxattr,
+        Opcode.REMOVEXATTR: _removexattr,
         Opcode.FLUSH: _nothing,
         Opcode.FSYNC: _fsync,
         Opcode.RELEASE: _release,
@@ -539,6 +568,16 @@ class PassThrough:
         Opcode.STATFS: _statfs,
         Opcode.ACCESS: _nothing,
     }
+
+
+def _fitted(request: Request, value: bytes) -> bytes:
+    """The answer to a request for extended attributes: the value, or its size where that was asked for."""
+    size = GETXATTR_IN.unpack_from(request.body)[0]
+    if size == 0:
+        return GETXATTR_OUT.pack(len(value))
+    if len(value) > size:
+        raise OSError(errno.ERANGE, os.strerror(errno.ERANGE))
+    return value
 
 
 def _timeout(seconds: float) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -344,6 +345,30 @@ def test_files_are_written_through(faultfs: FaultFS) -> None:
     (faultfs.root / "e" / "a").unlink()
     (faultfs.root / "e").rmdir()
     assert os.listdir(faultfs.backing) == []
+
+
+def test_extended_attributes_are_passed_through(faultfs: FaultFS) -> None:
+    file, real = put(faultfs, "f"), faultfs.backing / "f"
+    os.setxattr(file, "user.a", b"one")
+    os.setxattr(file, "user.b", bytes(3000))
+    assert os.getxattr(real, "user.a") == b"one"
+    assert os.getxattr(file, "user.b") == bytes(3000)
+    assert {"user.a", "user.b"} <= set(os.listxattr(file))
+    os.removexattr(file, "user.a")
+    for gone in (lambda: os.getxattr(file, "user.a"), lambda: os.setxattr(file, "user.b", b"", os.XATTR_CREATE)):
+        with pytest.raises(OSError, match=r"No data available|File exists"):
+            gone()
+
+
+def test_a_hung_getxattr_is_held(faultfs: FaultFS) -> None:
+    file = put(faultfs, "f")
+    os.setxattr(file, "user.a", b"one")
+    faultfs.hang("getxattr")
+    with ThreadPoolExecutor() as pool:
+        value = pool.submit(os.getxattr, file, "user.a")
+        assert faultfs.wait_held(1)[0].op == "getxattr"
+        faultfs.release()
+        assert value.result(10) == b"one"
 
 
 def test_many_names_are_listed(faultfs: FaultFS) -> None:

@@ -1,0 +1,1 @@
+"""Swift on disks that hang."""
