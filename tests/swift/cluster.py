@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ import time
 from configparser import RawConfigParser
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,11 +102,19 @@ class Response:
 
 def missing(*, memcached: bool = True) -> str | None:
     """What a cluster (or an object server alone: without memcached) lacks here; None if nothing."""
-    if importlib.util.find_spec("swift") is None:
+    try:
+        version("swift")
+    except PackageNotFoundError:
         return "needs OpenStack Swift: pip install swift"
     if memcached and shutil.which("memcached") is None:
         return "needs memcached: apt-get install memcached"
     return None
+
+
+def missing_diskread() -> str | None:
+    """Why Swift cannot load diskread here; None if it can."""
+    found = [each for each in entry_points(group="swift.diskfile") if each.value.startswith("diskread.")]
+    return None if found else "needs diskread's entry points for Swift: pip install -e ."
 
 
 def ask(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from http.client import HTTPException
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.faults.conftest import make_faultfs, set_up
 
-from .cluster import Cluster, ObjectServer, Settings, missing
+from .cluster import Cluster, ObjectServer, Settings, missing, missing_diskread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,12 +30,6 @@ LATE = 5.0
 """Seconds that no answer takes that the deadline has cut short, not even on a loaded machine."""
 
 
-def not_installed() -> str | None:
-    """Why diskread cannot be loaded by Swift here; None if it can."""
-    found = {each.name for each in entry_points(group="swift.diskfile") if each.value.startswith("diskread.")}
-    return None if found else "diskread's entry points for Swift are not installed: pip install -e ."
-
-
 @pytest.fixture(
     params=[
         pytest.param(
@@ -52,7 +45,7 @@ def not_installed() -> str | None:
 def diskread(request: pytest.FixtureRequest) -> bool:
     """Whether diskread is loaded. Without it each of these tests has to fail: else it would show nothing."""
     wanted: bool = request.param
-    if wanted and (reason := not_installed()) is not None:
+    if wanted and (reason := missing_diskread()) is not None:
         pytest.skip(reason)
     return wanted
 
