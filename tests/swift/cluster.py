@@ -372,21 +372,7 @@ class Cluster(_Servers):
     def _start_memcached(self) -> int:
         # Any port, and it says which one it has got (MEMCACHED_PORT_FILENAME).
         said = self.directory / "memcached.port"
-        command = [
-            "memcached",
-            "-u",
-            getpass.getuser(),
-            "-l",
-            "127.0.0.1",
-            "-p",
-            "-1",
-            "-U",
-            "0",
-            "-m",
-            "16",
-            "-t",
-            "1",
-        ]
+        command = ["memcached", *f"-u {getpass.getuser()} -l 127.0.0.1 -p -1 -U 0 -m 16 -t 1".split()]
         log = self.directory / "memcached.log"
         server = Server("memcached", command, log, {"MEMCACHED_PORT_FILENAME": str(said)})
         self.servers["memcached"] = server

@@ -113,6 +113,10 @@ class Server:
                 total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
         return total
 
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM). Does not wait."""
+        self._signal(signal.SIGTERM)
+
     def stop(self, term_seconds: float = TERM_SECONDS, kill_seconds: float = KILL_SECONDS) -> None:
         """End it, and return when the last of its processes has gone. Idempotent.
 
@@ -124,8 +128,7 @@ class Server:
             StillRunningError: one is still there, in uninterruptible sleep most likely: lift the stall first.
         """
         for number, patience in ((signal.SIGTERM, term_seconds), (signal.SIGKILL, kill_seconds)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
+            self._signal(number)
             try:
                 wait_until(self._gone, f"{self.name} to end", patience, lambda _: time.sleep(0.02))
             except TimeoutError:
@@ -133,6 +136,10 @@ class Server:
             return
         left = ", ".join(_describe(pid) for pid in self.pids())
         raise StillRunningError(f"{self.name} does not end, not even by SIGKILL: {left}")
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def _gone(self) -> bool:
         # The leader's number is that of the session: it is not reaped, nor used again, before all others have gone.
@@ -150,6 +157,8 @@ def stop_all(servers: Sequence[Server]) -> None:
         StillRunningError: at least one is still there.
     """
     failures = []
+    for server in servers:
+        server.terminate()  # all of them first: each takes its time
     for server in servers:
         try:
             server.stop()

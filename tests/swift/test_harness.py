@@ -66,8 +66,11 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     assert running.object_server.pids() == []
 
 
-def test_a_server_that_is_stuck_is_reported(sick: FaultFS, make_object_server: Callable[..., ObjectServer]) -> None:
+def test_a_server_that_is_stuck_is_reported(
+    make_faultfs: Callable[..., FaultFS], make_object_server: Callable[..., ObjectServer]
+) -> None:
     """Beyond the reach of SIGKILL: its worker waits in the kernel, and would hold the port."""
+    sick = make_faultfs()
     server = make_object_server(Settings(devices=1), {"d1": sick.root})
     assert server.request("PUT", "d1", "o", b"hello").status == 201
     sick.hang("*")
