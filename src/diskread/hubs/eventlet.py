@@ -115,8 +115,8 @@ class EventletHub:
 def _end_hub() -> None:
     """End the hub of this native thread, if a task has made eventlet give it one (a Timeout, a sleep).
 
-    Else its greenlet would outlive the thread, and with greenlet 3.5 a garbage collection after that crashes: the memory
-    of the thread's main greenlet, its parent, is free by then (seen in `green_is_gc`, called by `tp_traverse`).
+    Else its greenlet would outlive the thread, and with greenlet 3.5 a garbage collection after that crashes: the
+    memory of the thread's main greenlet, its parent, is free by then (seen in `green_is_gc`, called by `tp_traverse`).
     """
     hub = getattr(hubs._threadlocal, "hub", None)
     if hub is not None:

@@ -129,6 +129,8 @@ class Device:
 
     def use(self, descriptor: Descriptor, function: Callable[..., Result], *args: Any, about: str) -> Result:
         """Run a blocking call with a descriptor of the device as its first argument; see `run`."""
+        if not self.here():
+            return function(descriptor.fileno(), *args)
         call = Call(lambda: function(descriptor.fileno(), *args))
         result: Result = self._translated(lambda: descriptor._call(call, self._disk._ends(None), self._label(about)))
         return result
