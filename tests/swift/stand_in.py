@@ -28,7 +28,7 @@ STOCK = "swift.obj.diskfile"
 KINDS = ("DiskFileManager", "DiskFile", "DiskFileReader", "DiskFileWriter")
 NAMES = tuple(policy + kind for policy in ("", "EC") for kind in KINDS)
 
-constructed: dict[str, int] = {}
+made: dict[str, int] = {}
 """How many objects were made of each class that stands in."""
 
 
@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("swift")
     group.addoption("--managers", metavar="MODULE", help=f"take the classes of this module for those of {STOCK}")
     group.addoption("--outcomes", metavar="FILE", help="write the outcome of each test to it, a line of JSON each")
+    group.addoption("--tests", metavar="FILE", help="run only the tests whose ids are in this JSON list")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,9 +48,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Recorder(path))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave only the tests that are asked for."""
+    if path := config.getoption("--tests"):
+        with open(path, encoding="utf-8") as file:
+            wanted = set(json.load(file))
+        items[:] = [item for item in items if item.nodeid in wanted]
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say whether the classes were used."""
-    for name, count in constructed.items():
+    for name, count in made.items():
         terminalreporter.write_line(f"stand-in: {name}: {count:,} made")
 
 
@@ -60,12 +69,15 @@ class Recorder:
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed when the session ends
         self._parts: dict[str, list[pytest.TestReport]] = {}
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        self._write(collected=[item.nodeid for item in items])
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._write(collected=[item.nodeid for item in session.items])
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self._write(id=report.nodeid, outcome="failed", seconds=0.0, why=_why(report))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._write(started=nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._parts.setdefault(report.nodeid, []).append(report)
@@ -81,7 +93,7 @@ class Recorder:
         )
 
     def pytest_sessionfinish(self) -> None:
-        self._write(constructed=constructed)
+        self._write(made=made)
         self._file.close()
 
     def _write(self, **line: Any) -> None:
@@ -134,12 +146,12 @@ def _stock_module() -> ModuleType:
 
 def _count(kind: type, name: str) -> None:
     """Count the objects that are made of a class."""
-    constructed[name] = 0
+    made[name] = 0
     original: Callable[..., None] = kind.__init__  # type: ignore[misc]
 
     @functools.wraps(original)
     def counted(self: Any, *args: Any, **kwargs: Any) -> None:
-        constructed[name] += 1
+        made[name] += 1
         original(self, *args, **kwargs)
 
     kind.__init__ = counted  # type: ignore[misc]
