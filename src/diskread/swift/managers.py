@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from eventlet import sleep
+from eventlet import Timeout, sleep
 from swift.common.exceptions import (
     DiskFileDeviceUnavailable,
     DiskFileError,
@@ -244,7 +244,7 @@ class _Taken(Exception):
 
 @contextmanager
 def _lock(
-    device: Device, directory: str, name: str | None, limit: int, seconds: float, timeout: type[BaseException]
+    device: Device, directory: str, name: str | None, limit: int, seconds: float, timeout: type[Timeout]
 ) -> Generator[None, None, None]:
     """Hold one of the locks on a directory, the same that `swift.common.utils.lock_path` takes.
 
@@ -266,7 +266,9 @@ def _lock(
             break
         except _Taken:
             if CLOCK() >= ends:
-                raise timeout(seconds, path) from None
+                error = timeout(seconds, path)
+                error.cancel()  # made is started, with eventlet's timeouts
+                raise error from None
         sleep(min(LOCK_POLL, max(0.0, ends - CLOCK())))
     with held:
         try:
