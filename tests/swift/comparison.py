@@ -99,7 +99,11 @@ class Comparison:
         rows = [header]
         for name, outcomes in (("stock", self.stock), ("ours", self.ours)):
             counts = Counter(each.outcome for each in outcomes.values())
-            numbers = [len(outcomes), *(counts[kind] for kind in header[2:5]), sum(o.seconds for o in outcomes.values())]
+            numbers = [
+                len(outcomes),
+                *(counts[kind] for kind in header[2:5]),
+                sum(o.seconds for o in outcomes.values()),
+            ]
             rows.append([name, *(f"{number:,.0f}" for number in numbers)])
         return "\n".join("".join(cell.rjust(10) if n else cell.ljust(6) for n, cell in enumerate(row)) for row in rows)
 
@@ -117,7 +121,11 @@ class Comparison:
             for each in found:
                 stock, ours = (", ".join(o.outcome for o in outcomes) for outcomes in (each.stock, each.ours))
                 why = each.expected or next((o.why for o in (*each.ours, *each.stock) if o.why), "")
-                lines += [f"  {each.test}", f"    stock {stock}; ours {ours}", *(f"    {line}" for line in why.splitlines())]
+                lines += [
+                    f"  {each.test}",
+                    f"    stock {stock}; ours {ours}",
+                    *(f"    {line}" for line in why.splitlines()),
+                ]
         if self.outdated:
             lines += ["", "Expected to differ, but the same:", *(f"  {test}" for test in self.outdated)]
         return "\n".join(lines)

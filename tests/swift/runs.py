@@ -131,7 +131,17 @@ class Runner:
     def _command(
         self, tests: Set, path: str, managers: str | None, wanted: list[str] | None
     ) -> tuple[list[str], dict[str, str], Path, Path]:
-        command = [self.python, "-m", "pytest", "-p", "tests.swift.stand_in", "-o", "addopts=", "-p", "no:cacheprovider"]
+        command = [
+            self.python,
+            "-m",
+            "pytest",
+            "-p",
+            "tests.swift.stand_in",
+            "-o",
+            "addopts=",
+            "-p",
+            "no:cacheprovider",
+        ]
         command += ["-q", "--tb=short", f"--timeout={self.seconds}", "--timeout-method=thread"]
         if managers:
             command += ["--managers", managers]

@@ -84,7 +84,9 @@ class Recorder:
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         parts = self._parts.pop(nodeid, [])
-        worst = next((each for each in parts if each.failed), None) or next((each for each in parts if each.skipped), None)
+        worst = next((each for each in parts if each.failed), None) or next(
+            (each for each in parts if each.skipped), None
+        )
         self._write(
             id=nodeid,
             outcome="passed" if worst is None else worst.outcome,
@@ -140,7 +142,7 @@ def _stock_module() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[STOCK] = module
     exec(compile(source, spec.origin, "exec"), vars(module))
-    setattr(importlib.import_module("swift.obj"), "diskfile", module)
+    importlib.import_module("swift.obj").diskfile = module
     return module
 
 

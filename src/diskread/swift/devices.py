@@ -263,7 +263,9 @@ def _close_each(numbers: list[int]) -> None:
     """In a worker, or whoever else takes a number from the list."""
     with contextlib.suppress(IndexError):
         while True:
-            os.close(numbers.pop())
+            number = numbers.pop()
+            with contextlib.suppress(OSError):  # it is closed all the same: close(2)
+                os.close(number)
 
 
 def _look(function: Callable[[], Result], path: str) -> tuple[Result, Capability | None]:
