@@ -7,6 +7,7 @@ import os
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from swift.common.exceptions import DiskFileError
 from swift.common.utils import md5
 from swift.common.utils.pickle import unpickle
 from swift.obj import diskfile
@@ -67,10 +68,11 @@ class FileMixin(diskfile.BaseDiskFile):
             try:
                 stock(modernize=modernize, current_time=current_time)
             except BaseException as error:
-                # The file may be open still, held by the frames of the traceback: it is not for the hub to close it.
-                traceback.clear_frames(error.__traceback__)
+                _forget_files(error)
                 raise
             file, self._fp = self._fp, None
+            if file is None:  # the stock method passes over most errors of open(2), EIO among them
+                raise DiskFileError(f"{self._data_file} cannot be opened")
             with file:
                 descriptor = os.dup(file.fileno())
             with contextlib.suppress(OSError):  # who reads it finds out, and the stock reader knows what to do
@@ -103,6 +105,17 @@ class FileMixin(diskfile.BaseDiskFile):
             self._verify_name_matches_hash(self._data_file)
         self._verify_data_file(self._data_file, _Opened(descriptor), current_time)
         return True
+
+
+def _forget_files(error: BaseException | None) -> None:
+    """Let go of what the frames that an error came through have: a file may be open still.
+
+    The stock method closes none when it fails. That must not be left to the garbage collector, which would do it in
+    the hub.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 class _Opened:
