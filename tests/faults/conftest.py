@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-InjectorT = TypeVar("InjectorT", FaultFS, Throttled, Dying)
+InjectorT = TypeVar("InjectorT", bound=FaultFS | Throttled | Dying)
 
 
-def set_up(injector: type[InjectorT], *arguments: Any) -> InjectorT:
+def set_up(injector: type[InjectorT], *arguments: Any, **options: Any) -> InjectorT:
     """Make the disk, or skip the test with the reason why not."""
     try:
-        return injector(*arguments)
+        return injector(*arguments, **options)
     except SetupError as error:
         if os.environ.get("CI") == "true" and injector.machine_lacks() is None:
             raise

@@ -9,8 +9,8 @@
 
 `FaultFS` is the one to start with: every operation can hang and it knows exactly which requests it holds.
 `Throttled` and `Dying` are an ext4 on a block device, with all that the kernel does there: page cache,
-read-ahead, threads in uninterruptible sleep. None of them touches a disk of the machine. Each needs root and
-says in `why_not()` what else is missing.
+read-ahead, threads in uninterruptible sleep; or, to be written to, an empty ext4 or XFS. None of them touches a disk of
+the machine. Each needs root and says in `why_not()` what else is missing.
 
 Every stall ends by itself after `max_stall` seconds, because some of those who wait cannot be killed. What
 sees to it runs outside of this process (in the daemon, or as a child): a thread would be stopped by the very
@@ -39,7 +39,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -244,12 +244,14 @@ def _no_blkio() -> str | None:
 
 
 def _no_program(*names: str) -> str | None:
+    packages = {"mkfs.ext4": "e2fsprogs", "mkfs.xfs": "xfsprogs"}
     missing = [name for name in names if shutil.which(name) is None]
-    return f"needs {', '.join(missing)}: install e2fsprogs and util-linux" if missing else None
+    install = sorted({packages.get(name, "util-linux") for name in missing})
+    return f"needs {', '.join(missing)}: install {' and '.join(install)}" if missing else None
 
 
-def _no_ext4_programs() -> str | None:
-    return _no_program("mkfs.ext4", "losetup", "mount")
+def _no_mkfs(kind: str) -> str | None:
+    return _no_program(f"mkfs.{kind}", "losetup", "mount")
 
 
 @dataclass(frozen=True)
@@ -521,8 +523,17 @@ def _make_ext4_image(image: Path, content: Path | None) -> None:
         _run("mkfs.ext4", "-q", "-F", "-m", "0", "-d", content, image)
 
 
-class _Ext4Disk(_Injector):
-    """A read-only ext4 file system on a loop device.
+def _make_empty_image(image: Path, kind: str) -> None:
+    with image.open("wb") as file:
+        file.truncate(320 << 20)  # mkfs.xfs makes no smaller one than 300 MiB
+    _run(f"mkfs.{kind}", "-q", *("-F",) * (kind == "ext4"), image)
+
+
+Kind = Literal["ext4", "xfs"]
+
+
+class _LoopDisk(_Injector):
+    """A file system on a loop device: a read-only ext4 with content, or an empty one to be written to.
 
     Attributes:
         root: the directory where it is mounted.
@@ -532,18 +543,41 @@ class _Ext4Disk(_Injector):
     root: Path
     device: str
 
-    def __init__(self, name: str, content: Path | None, max_stall: float) -> None:
+    def __init__(self, name: str, content: Path | None, empty: Kind | None, max_stall: float) -> None:
         self._content = content
+        self._empty = empty
         self._watchdog: _Watchdog | None = None
+        if empty is not None and (reason := _no_mkfs(empty)) is not None:
+            raise SetupError(reason)
         super().__init__(name, max_stall)
 
-    def _mount(self, image: Path, *losetup_options: str) -> None:
+    def _make_image(self, image: Path) -> None:
+        if self._empty is None:
+            _make_ext4_image(image, self._content)
+        else:
+            _make_empty_image(image, self._empty)
+
+    def _attach(self, image: Path, *losetup_options: str) -> None:
         self.root = self._directory / "root"
         self.root.mkdir()
-        self.device = _run("losetup", "--find", "--show", "--read-only", *losetup_options, image)
+        read_only = [] if self._empty else ["--read-only"]
+        self.device = _run("losetup", "--find", "--show", *read_only, *losetup_options, image)
         self._undo.callback(self._detach)
-        _run("mount", "-t", "ext4", "-o", "ro,noload,noatime", self.device, self.root)
+        self._mount()
         self._undo.callback(self._unmount)
+
+    def _mount(self) -> None:
+        kind, options = (self._empty, "noatime") if self._empty else ("ext4", "ro,noload,noatime")
+        _run("mount", "-t", kind, "-o", options, self.device, self.root)
+
+    def remount(self) -> None:
+        """Unmount it and mount it again: nothing of it is cached any more, neither data nor metadata.
+
+        Raises:
+            TimeoutError: somebody uses it.
+        """
+        wait_until(lambda: _umount(self.root, 0), "the files to be closed", CLEANUP_SECONDS)
+        self._mount()
 
     def _unmount(self) -> None:
         try:
@@ -580,28 +614,29 @@ def _blkio_cgroup() -> Path | None:
     return cgroup if usable else None
 
 
-class Throttled(_Ext4Disk):
+class Throttled(_LoopDisk):
     """An ext4 file system whose block device is slow or stuck for the threads that enter its throttle.
 
-    The reader waits in the block layer in state D. Reads from the page cache are not affected, nor is
-    anything else on the machine.
+    The reader waits in the block layer in state D, and so does who brings to the disk what he has written (fsync).
+    Reads from the page cache are not affected, nor is anything else on the machine.
 
     Attributes:
-        root: the directory where it is mounted, read-only.
+        root: the directory where it is mounted, read-only unless it was `empty`.
         device: the loop device.
     """
 
-    def __init__(self, content: Path | None = None, *, max_stall: float = 60.0) -> None:
+    def __init__(self, content: Path | None = None, *, empty: Kind | None = None, max_stall: float = 60.0) -> None:
         """Make and mount the disk.
 
         Args:
             content: the directory whose files the disk gets; eight files of 1 MiB, f0 to f7, by default.
+            empty: an empty file system of that kind instead, to be written to.
             max_stall: how long a throttle lasts at most, in seconds.
 
         Raises:
             SetupError: it cannot be set up; the message says why.
         """
-        super().__init__("throttled", content, max_stall)
+        super().__init__("throttled", content, empty, max_stall)
 
     @staticmethod
     def machine_lacks() -> str | None:
@@ -609,19 +644,19 @@ class Throttled(_Ext4Disk):
 
     @staticmethod
     def why_not() -> str | None:
-        return Throttled.machine_lacks() or _no_ext4_programs()
+        return Throttled.machine_lacks() or _no_mkfs("ext4")
 
     def _set_up(self) -> None:
         image = self._directory / "disk.img"
-        _make_ext4_image(image, self._content)
+        self._make_image(image)
         parent = _blkio_cgroup()
         assert parent is not None
         self._parent_cgroup = parent
         self.cgroup = Path(tempfile.mkdtemp(prefix=f"throttled-{os.getpid()}-", dir=parent))
         self._undo.callback(self._remove_cgroup)
-        self._mount(image)
+        self._attach(image)
         self._device_number = Path("/sys/block", Path(self.device).name, "dev").read_text().strip()
-        self._throttle = self.cgroup / "blkio.throttle.read_bps_device"
+        self._throttles = [self.cgroup / f"blkio.throttle.{way}_bps_device" for way in ("read", "write")]
         self._undo.callback(self.lift)
 
     def _remove_cgroup(self) -> None:
@@ -648,11 +683,12 @@ class Throttled(_Ext4Disk):
         (self.cgroup / "tasks").write_text("0")
 
     def slow(self, bytes_per_second: int) -> None:
-        """Let those under the throttle read so many bytes per second (together), at least 1."""
+        """Let those under the throttle read, and write, so many bytes per second (together), at least 1."""
         if bytes_per_second < 1:
             raise ValueError(f"bytes_per_second must be at least 1, not {bytes_per_second}; see lift()")
-        self._guard('echo "$1" > "$2"', f"{self._device_number} 0", str(self._throttle))
-        self._throttle.write_text(f"{self._device_number} {bytes_per_second}")
+        lift = 'echo "$1" > "$2"; echo "$1" > "$3"'
+        self._guard(lift, f"{self._device_number} 0", *map(str, self._throttles))
+        self._set(bytes_per_second)
 
     def stall(self) -> None:
         """Make those under the throttle wait for everything that is not in the page cache."""
@@ -660,18 +696,22 @@ class Throttled(_Ext4Disk):
 
     def lift(self) -> None:
         """End the throttle: whoever waits goes on at once. Idempotent."""
-        self._throttle.write_text(f"{self._device_number} 0")
+        self._set(0)
         self._cancel_watchdog()
 
+    def _set(self, bytes_per_second: int) -> None:
+        for throttle in self._throttles:
+            throttle.write_text(f"{self._device_number} {bytes_per_second}")
 
-class Dying(_Ext4Disk):
+
+class Dying(_LoopDisk):
     """An ext4 file system on a disk that stops answering: a loop device whose image lies on a `FaultFS`.
 
     All of it is real: page cache, read-ahead, metadata, the device's queue. The reader waits in state D; with
     O_DIRECT not even SIGKILL ends that. Data and metadata that are cached are served all the same.
 
     Attributes:
-        root: the directory where the file system is mounted, read-only.
+        root: the directory where the file system is mounted, read-only unless it was `empty`.
         device: the loop device.
         faultfs: the file system that holds the image, for faults that are not offered here.
     """
@@ -680,17 +720,18 @@ class Dying(_Ext4Disk):
 
     faultfs: FaultFS
 
-    def __init__(self, content: Path | None = None, *, max_stall: float = 60.0) -> None:
+    def __init__(self, content: Path | None = None, *, empty: Kind | None = None, max_stall: float = 60.0) -> None:
         """Make and mount the disk; only the main thread may do so, since the daemon dies with the thread.
 
         Args:
             content: the directory whose files the disk gets; eight files of 1 MiB, f0 to f7, by default.
+            empty: an empty file system of that kind instead, to be written to.
             max_stall: how long the disk hangs at most, in seconds.
 
         Raises:
             SetupError: it cannot be set up; the message says why.
         """
-        super().__init__("dying", content, max_stall)
+        super().__init__("dying", content, empty, max_stall)
 
     @staticmethod
     def machine_lacks() -> str | None:
@@ -698,7 +739,7 @@ class Dying(_Ext4Disk):
 
     @staticmethod
     def why_not() -> str | None:
-        return Dying.machine_lacks() or _no_ext4_programs()
+        return Dying.machine_lacks() or _no_mkfs("ext4")
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -707,8 +748,8 @@ class Dying(_Ext4Disk):
 
     def _set_up(self) -> None:
         self.faultfs = self._undo.enter_context(FaultFS("--direct-io", max_stall=self._max_stall))
-        _make_ext4_image(self.faultfs.backing / self.IMAGE, self._content)
-        self._mount(self.faultfs.root / self.IMAGE, "--direct-io=on")
+        self._make_image(self.faultfs.backing / self.IMAGE)
+        self._attach(self.faultfs.root / self.IMAGE, "--direct-io=on")
         # The disk has to be dead, not hung, when it is unmounted.
         self._undo.callback(self.faultfs.kill)
         self._undo.callback(self._lift)
@@ -721,6 +762,10 @@ class Dying(_Ext4Disk):
     def hang(self, *, count: int | None = None, range: tuple[int, int] | None = None) -> None:
         """Hold the disk's reads (only `count`, or only in a byte range of the device) until released."""
         self.faultfs.hang(path=self.IMAGE, count=count, range=range)
+
+    def hang_all(self) -> None:
+        """Hold whatever the disk is asked for, writes among it, until released."""
+        self.faultfs.hang("*", path=self.IMAGE)
 
     def fail(
         self,
