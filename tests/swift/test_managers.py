@@ -392,6 +392,16 @@ def test_a_lock_waits_without_a_slot_and_is_that_of_swift(server: Server) -> Non
             pass
 
 
+def test_no_lock_is_taken_where_no_device_is_mounted(server: Server) -> None:
+    manager = server.manager()
+    manager.mount_check = True
+    with pytest.raises(DiskFileDeviceUnavailable), manager.partition_lock("d1", POLICIES[0], "7"):
+        pass
+    with pytest.raises(DiskFileDeviceUnavailable), manager.replication_lock("d1", POLICIES[0], "7"):
+        pass
+    assert os.listdir(server.directory / "d1") == []
+
+
 def _hold(server: Server) -> bool:
     with server.manager().partition_lock("d1", POLICIES[0], "7", name="reconstruct", timeout=20):
         return True

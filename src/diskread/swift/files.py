@@ -26,6 +26,7 @@ FIRST_SIZE = 1 << 18
 class FileMixin(diskfile.BaseDiskFile):
     """The stock disk files' methods, in the workers of the device."""
 
+    _first = FIRST_SIZE
     _fp: Any
     _name: Any
 
@@ -35,21 +36,21 @@ class FileMixin(diskfile.BaseDiskFile):
         device: Device = self.manager.device_at(self._device_path)
         return device
 
-    def open(self, modernize: bool = False, current_time: Any = None) -> Any:
-        return self._open(modernize, current_time, first=FIRST_SIZE)
-
-    def read_metadata(self, current_time: Any = None) -> Any:
-        with self._open(False, current_time, first=0):
-            return self.get_metadata()
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        self._first = 0
+        try:
+            return super().read_metadata(*args, **kwargs)
+        finally:
+            del self._first
 
     def purge(self, *args: Any, **kwargs: Any) -> None:
         self.device.run(super().purge, *args, about=self._datadir, **kwargs)
 
-    def _open(self, modernize: bool, current_time: Any, *, first: int) -> Any:
+    def open(self, modernize: bool = False, current_time: Any = None) -> Any:
         device, stock = self.device, super().open
         if not device.here():
             return stock(modernize=modernize, current_time=current_time)
-        begin = b""
+        first, begin = self._first, b""
 
         def visit() -> int:
             nonlocal begin

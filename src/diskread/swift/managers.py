@@ -173,8 +173,6 @@ class ManagerMixin:
         if not found.here():
             yield from stock(device, partition, policy, suffixes=suffixes, **kwargs)
             return
-        if not self.get_dev_path(device):
-            raise DiskFileDeviceUnavailable
         if suffixes is None:
             suffixes = [suffix for _, suffix in self.yield_suffixes(device, partition, policy)]
         for suffix in suffixes:
@@ -205,7 +203,7 @@ class ManagerMixin:
             if not limit:
                 yield True
                 return
-            with _lock(found, found.path, None, limit, ends - CLOCK(), ReplicationLockTimeout):
+            with self._lock(found, found.path, None, limit, ends - CLOCK(), ReplicationLockTimeout):
                 yield True
 
     @contextmanager
@@ -219,8 +217,49 @@ class ManagerMixin:
             return
         path = os.path.join(found.path, diskfile.get_data_dir(policy), str(partition))
         seconds = self.replication_lock_timeout if timeout is None else timeout
-        with _lock(found, path, name, 1, seconds, PartitionLockTimeout):
+        with self._lock(found, path, name, 1, seconds, PartitionLockTimeout):
             yield True
+
+    @contextmanager
+    def _lock(
+        self, device: Device, directory: str, name: str | None, limit: int, seconds: float, timeout: type[Timeout]
+    ) -> Generator[None, None, None]:
+        """Hold one of the locks on a directory, the same that `swift.common.utils.lock_path` takes.
+
+        That one waits in the thread that calls it: in a worker it would hold a slot for as long, and look like a hang.
+
+        Args:
+            device: The device that the directory is on.
+            directory: Made if it is not there.
+            name: To tell locks of different kinds on one directory apart.
+            limit: How many may hold it at a time.
+            seconds: How long to wait for it.
+            timeout: What is raised after that.
+        """
+
+        def visit() -> int:
+            if not self.get_dev_path(device.name):  # not to make the directory below an empty mount point
+                raise DiskFileDeviceUnavailable
+            return _take_lock(directory, path, limit)
+
+        path = f"{directory}/.lock" + (f"-{name}" if name else "")
+        ends = CLOCK() + seconds
+        while True:
+            try:
+                held: Descriptor = device.open(visit, path)
+                break
+            except _Taken:
+                if CLOCK() >= ends:
+                    error = timeout(seconds, path)
+                    error.cancel()  # made is started, with eventlet's timeouts
+                    raise error from None
+            sleep(min(LOCK_POLL, max(0.0, ends - CLOCK())))
+        with held:
+            try:
+                yield
+            finally:
+                with contextlib.suppress(DiskFileError):  # the device hangs: closing it unlocks it, whenever that is
+                    device.use(held, fcntl.flock, fcntl.LOCK_UN, about=path)
 
     def _device_of(self, path: str) -> Device:
         return self.device(os.path.relpath(path, self.devices).split(os.sep, 1)[0])
@@ -240,42 +279,6 @@ class ECDiskFileManager(ManagerMixin, diskfile.ECDiskFileManager):
 
 class _Taken(Exception):
     """Somebody else has the lock."""
-
-
-@contextmanager
-def _lock(
-    device: Device, directory: str, name: str | None, limit: int, seconds: float, timeout: type[Timeout]
-) -> Generator[None, None, None]:
-    """Hold one of the locks on a directory, the same that `swift.common.utils.lock_path` takes.
-
-    That one waits in the thread that calls it: in a worker it would hold a slot for as long, and look like a hang.
-
-    Args:
-        device: The device that the directory is on.
-        directory: Made if it is not there.
-        name: To tell locks of different kinds on one directory apart.
-        limit: How many may hold it at a time.
-        seconds: How long to wait for it.
-        timeout: What is raised after that.
-    """
-    path = f"{directory}/.lock" + (f"-{name}" if name else "")
-    ends = CLOCK() + seconds
-    while True:
-        try:
-            held: Descriptor = device.open(partial(_take_lock, directory, path, limit), path)
-            break
-        except _Taken:
-            if CLOCK() >= ends:
-                error = timeout(seconds, path)
-                error.cancel()  # made is started, with eventlet's timeouts
-                raise error from None
-        sleep(min(LOCK_POLL, max(0.0, ends - CLOCK())))
-    with held:
-        try:
-            yield
-        finally:
-            with contextlib.suppress(DiskFileError):  # the device hangs: closing it unlocks it, whenever that is
-                device.use(held, fcntl.flock, fcntl.LOCK_UN, about=path)
 
 
 def _take_lock(directory: str, path: str, limit: int) -> int:

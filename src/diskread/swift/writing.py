@@ -34,7 +34,6 @@ class WriterMixin(diskfile.BaseDiskFileWriter):
     _datadir: str
     _diskfile: Any
     _extension: str
-    _fd: int | None
     _finalize_put: Callable[..., None]
     _last_sync: int
     _name: str
@@ -45,12 +44,24 @@ class WriterMixin(diskfile.BaseDiskFileWriter):
     manager: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._descriptor: Descriptor | None = None
         self._unwritten: list[bytes] = []
         self._unwritten_size = 0
         self._written = 0
+        self._number: int | None = None
+        super().__init__(*args, **kwargs)
+        self._descriptor: Descriptor | None = None
         self._in_worker = False
+
+    @property
+    def _fd(self) -> int | None:
+        """The descriptor of the file, with everything written that there is; the stock methods set it."""
+        if self._unwritten:
+            self._visit(self._write_all, self._take_unwritten(), about=self._datadir)
+        return self._number
+
+    @_fd.setter
+    def _fd(self, number: int | None) -> None:
+        self._number = number
 
     @property
     def _device(self) -> Device:
@@ -58,7 +69,7 @@ class WriterMixin(diskfile.BaseDiskFileWriter):
         return device
 
     def open(self) -> Any:
-        if self._fd is not None or not self._device.here():
+        if self._number is not None or not self._device.here():
             return super().open()
         self._in_worker = True
         stock, stock_close = super().open, super().close
@@ -70,16 +81,16 @@ class WriterMixin(diskfile.BaseDiskFileWriter):
                 stock_close()  # which does nothing unless the file was opened
                 raise
             # Whoever has the device asked for it closes it, this object or, if it is not wanted any more, a worker.
-            descriptor, self._fd = self._fd, None
+            descriptor, self._number = self._number, None
             assert descriptor is not None
             return descriptor
 
         self._descriptor = self._device.open(visit, self._datadir)
-        self._fd = self._descriptor.fileno()
+        self._number = self._descriptor.fileno()
         return self
 
     def write(self, chunk: bytes) -> None:
-        if not self._fd:
+        if not self._number:
             raise ValueError("Writer is not open")
         self._chunks_etag.update(chunk)
         self._upload_size += len(chunk)
@@ -92,7 +103,8 @@ class WriterMixin(diskfile.BaseDiskFileWriter):
         if not self._in_worker:
             super().close()
             return
-        self._fd = None
+        self._number = None
+        self._take_unwritten()
         if self._descriptor is not None:
             self._descriptor.close()
         if self._tmppath and not self._put_succeeded:
@@ -124,7 +136,7 @@ class WriterMixin(diskfile.BaseDiskFileWriter):
         if self._descriptor is not None:
             self._device.use(self._descriptor, function, *args, about=about)
         else:
-            function(self._fd, *args)
+            function(self._number, *args)
 
     def _take_unwritten(self) -> list[bytes]:
         chunks, self._unwritten, self._unwritten_size = self._unwritten, [], 0
