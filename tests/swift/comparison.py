@@ -27,6 +27,21 @@ class Outcome:
 NOT_RUN = Outcome(MISSING)
 
 
+@dataclass(frozen=True)
+class Reason:
+    """Why tests have to differ.
+
+    Args:
+        why: In a sentence.
+        long_way: Whether they come to the same with the managers of tests/swift/long_way.py.
+        tests: Their ids.
+    """
+
+    why: str
+    long_way: bool
+    tests: list[str]
+
+
 @dataclass
 class Difference:
     """A test that has not come to the same; the first run decides what it was, and others what it is worth.
@@ -35,13 +50,15 @@ class Difference:
         test: Its id.
         stock: Outcomes with Swift's own managers, one for each run.
         ours: The same with those that stand in.
-        expected: Why it has to differ, where that is known.
+        reason: Why it has to differ, where that is known.
+        long_way: Its outcome with the managers of tests/swift/long_way.py, if it was asked for.
     """
 
     test: str
     stock: list[Outcome]
     ours: list[Outcome]
-    expected: str = ""
+    reason: Reason | None = None
+    long_way: Outcome | None = None
 
     @property
     def flaky(self) -> bool:
@@ -53,7 +70,11 @@ class Difference:
         """ "different", "expected" or "flaky"."""
         if self.flaky:
             return "flaky"
-        return "expected" if self.expected else "different"
+        if self.reason is None:
+            return "different"
+        if self.reason.long_way and (self.long_way is None or self.long_way.outcome != self.stock[0].outcome):
+            return "different"
+        return "expected"
 
 
 @dataclass
@@ -68,11 +89,12 @@ class Comparison:
 
     stock: dict[str, Outcome]
     ours: dict[str, Outcome]
-    expected: dict[str, str] = field(default_factory=dict)
+    expected: list[Reason] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._reasons = {test: reason for reason in self.expected for test in reason.tests}
         self.differences = [
-            Difference(test, [stock], [ours], self.expected.get(test, ""))
+            Difference(test, [stock], [ours], self._reasons.get(test))
             for test in sorted({*self.stock, *self.ours})
             for stock, ours in [(self.stock.get(test, NOT_RUN), self.ours.get(test, NOT_RUN))]
             if stock.outcome != ours.outcome
@@ -87,7 +109,7 @@ class Comparison:
     def outdated(self) -> list[str]:
         """Tests that were expected to differ and do not."""
         differing = {each.test for each in self.differences}
-        return sorted(test for test in self.expected if test in self.stock and test not in differing)
+        return sorted(test for test in self._reasons if test in self.stock and test not in differing)
 
     def of_kind(self, kind: str) -> list[Difference]:
         """Those differences; see `Difference.kind`."""
@@ -120,10 +142,11 @@ class Comparison:
                 lines += ["", f"{title}: {len(found)}"]
             for each in found:
                 stock, ours = (", ".join(o.outcome for o in outcomes) for outcomes in (each.stock, each.ours))
-                why = each.expected or next((o.why for o in (*each.ours, *each.stock) if o.why), "")
+                why = each.reason.why if each.reason else next((o.why for o in (*each.ours, *each.stock) if o.why), "")
                 lines += [
                     f"  {each.test}",
-                    f"    stock {stock}; ours {ours}",
+                    f"    stock {stock}; ours {ours}"
+                    + (f"; by the long way {each.long_way.outcome}" if each.long_way else ""),
                     *(f"    {line}" for line in why.splitlines()),
                 ]
         if self.outdated:
