@@ -31,7 +31,7 @@ from swift.common.storage_policy import ECStoragePolicy, StoragePolicy, StorageP
 from swift.common.utils import Timestamp, md5
 from swift.obj import diskfile
 
-from diskread.swift import devices, files, managers
+from diskread.swift import _object, devices, files, managers
 from diskread.swift.configuration import read_settings
 from diskread.swift.errors import DeviceOffline, DeviceTimeout
 
@@ -92,7 +92,7 @@ def disk_file(server: Server, name: str = "o", policy: int = 0, device: str = "d
 
 def put(server: Server, content: bytes, name: str = "o", policy: int = 0) -> None:
     """Write an object (or a fragment archive of one) by the manager's own means."""
-    more = {"frag_index": 1} if policy else {}
+    more: dict[str, Any] = {"frag_index": 1} if policy else {}
     stamp = Timestamp.now()
     with disk_file(server, name, policy, **more).create(size=len(content)) as writer:
         for start in range(0, len(content), 65536):
@@ -152,9 +152,13 @@ def test_what_is_written_is_read_back(server: Server, policy: int, size: int) ->
 
 def test_the_shortcut_is_taken_for_a_plain_object_only(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test of the tests: without this, all others might take the long way."""
-    taken = []
-    real = files.open_object
-    monkeypatch.setattr(files, "open_object", lambda *some: taken.append(real(*some)) or taken[-1])
+    taken: list[Any] = []
+
+    def open_object(*some: Any) -> Any:
+        taken.append(_object.open_object(*some))
+        return taken[-1]
+
+    monkeypatch.setattr(files, "open_object", open_object)
     put(server, b"content")
     disk_file(server).open().__exit__(None, None, None)
     assert taken.pop()[4] == b"content"
@@ -183,18 +187,20 @@ def test_ranges(server: Server) -> None:
     assert not (server.directory / "d1/quarantined").exists()
 
 
-def test_a_byte_of_a_large_object_costs_no_more_than_a_little(server: Server) -> None:
+def test_a_byte_of_a_large_object_costs_no_more_than_a_little(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     put(server, bytes(4 << 20))
     reader = disk_file(server).open().reader()
     reader._fp._reader = None  # as if nothing were in the page cache
     asked = []
-    real = reader._fp._device.use
-    reader._fp._device.use = lambda *some, **more: asked.append(some[3]) or real(*some, **more)
-    try:
-        assert b"".join(reader.app_iter_range(3 << 20, (3 << 20) + 1)) == b"\0"
-    finally:
-        del reader._fp
-        server.device("d1").__dict__.pop("use")
+    device = server.device("d1")
+    real = device.use
+
+    def use(*some: Any, **more: Any) -> Any:
+        asked.append(some[3])
+        return real(*some, **more)
+
+    monkeypatch.setattr(device, "use", use)
+    assert b"".join(reader.app_iter_range(3 << 20, (3 << 20) + 1)) == b"\0"
     assert asked[0] == 1 << 16
 
 
@@ -426,7 +432,12 @@ def test_files_are_closed_together(server: Server, monkeypatch: pytest.MonkeyPat
     device, before = server.device("d1"), descriptors()
     closings = []
     real = device._disk.run
-    monkeypatch.setattr(device._disk, "run", lambda *some: closings.append(some) or real(*some))
+
+    def run(*some: Any) -> Any:
+        closings.append(some)
+        return real(*some)
+
+    monkeypatch.setattr(device._disk, "run", run)
     begin = time.monotonic()
     for _ in range(20):
         assert server.ask("GET", "d1/0/a/c/o").body == b"content"
