@@ -107,6 +107,7 @@ def test_a_device_that_stays_stuck_is_refused_at_once_and_comes_back(server: Ser
     assert any("Device d1 is offline: no operation has completed" in line for line in server.log.told)
     assert "diskread.d1.offline" in server.log.counted
     assert "diskread.d1.rejections" in server.log.counted
+    assert "diskread.d1.stuck" in server.log.counted
     assert any("stuck" in line and "objects/0/" in line for line in server.log.told), server.log.told
     sick.release()
     seconds_until(lambda: server.ask("GET", "d1/0/a/c/o").status == 200, "the device to come back")

@@ -254,8 +254,9 @@ class Device:
         entry = {"state": state.value, "reason": reason, "since": time.time(), "stuck": load.stuck, "pid": os.getpid()}
         tpool.execute(dump_recon_cache, {"diskread": {self.name: entry}}, self._recon_file, self._logger)
 
-    def warn(self, message: str) -> None:
-        """Say something to the log. In a green thread: it may wait."""
+    def tell_slow(self, kind: str, message: str) -> None:
+        """Say that an operation is slow, stuck or back, as the slow log does: so often at most. In a green thread."""
+        self._count(kind)
         self._logger.warning("%s", message)
 
 
@@ -348,7 +349,7 @@ class _SlowLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         device = self.devices.get(getattr(record, "disk", ""))
         if device is not None:
-            eventlet.spawn_n(device.warn, record.getMessage())
+            eventlet.spawn_n(device.tell_slow, record.__dict__["slow_read"].kind, record.getMessage())
 
 
 _slow_log = _SlowLog()
