@@ -11,7 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/
-EXTENSION = setup.py pyproject.toml $(wildcard src/diskread/*.h src/diskread/*.pyx src/diskread/*.pxd)
+EXTENSION = setup.py pyproject.toml $(wildcard src/diskread/*.h src/diskread/*.pyx src/diskread/*.pxd src/diskread/swift/*.pyx)
 
 BENCHMARKS = gil hotpath coldread busyhub http_files
 
@@ -61,7 +61,7 @@ dist: $(VENV)/.installed-dist
 	scripts/check-dist $(RUN)
 
 clean:
-	rm -rf build dist $(VENV) src/*.egg-info src/diskread/*.c src/diskread/*.so
+	rm -rf build dist $(VENV) src/*.egg-info src/diskread/*.c src/diskread/*.so src/diskread/swift/*.c src/diskread/swift/*.so
 
 prerequisites:
 	@scripts/prerequisites $(PYTHON)
@@ -75,7 +75,7 @@ $(VENV)/.installed: $(EXTENSION) | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(RUN)python -m pip install --quiet --group test
+	$(RUN)python -m pip install --quiet --group test --group swift
 	touch $@
 
 $(VENV)/.installed-page: $(VENV)/.installed-test
