@@ -556,8 +556,8 @@ def main(
     intro = (
         f"Five clusters, one after another; device d1 of four hangs in every operation for {hang:g} s. Open-loop load: "
         f"{get_rate:g} GETs and {put_rate:g} PUTs of {SIZE >> 10} KiB per second of each kind. Latency counts from "
-        f"when a request was due until its client knew, failures included; clients give up after {patience:g} s (-1). The "
-        f"proxy's node_timeout is {NODE_TIMEOUT:g} s, diskread's deadline {deadline:g} s.\n\n"
+        f"when a request was due until its client knew, failures included; clients give up after {patience:g} s (-1). "
+        f"The proxy's node_timeout is {NODE_TIMEOUT:g} s, diskread's deadline {deadline:g} s.\n\n"
         + "\n".join(f"* {sentence}" for sentence in as_well(measured))
     )
     text = document("A device of a Swift cluster hangs", NAME, intro, report.environment, found, plot=False)

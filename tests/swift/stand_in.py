@@ -142,7 +142,7 @@ def _stock_module() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[STOCK] = module
     exec(compile(source, spec.origin, "exec"), vars(module))
-    importlib.import_module("swift.obj").diskfile = module
+    vars(importlib.import_module("swift.obj"))["diskfile"] = module
     return module
 
 
