@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	scripts/test-packages
-	$(RUN)python -m pytest
+	scripts/run-tests $(RUN)python
 
 page: $(VENV)/.installed-page
 	scripts/test-packages --page

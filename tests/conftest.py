@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gevent
@@ -18,8 +19,6 @@ import pytest
 from diskread import Disk, Limits
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from diskread.limits import EngineName
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -31,6 +30,16 @@ RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
 
 SMALL = bytes(range(256)) * 4
 LARGE = bytes(each % 251 for each in range(700_001))
+
+
+SWIFT = Path(__file__).resolve().parent / "swift"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Tests of Swift run in a process of their own: Swift, once imported, changes modules that others use."""
+    asked = [Path(each.split("::")[0]).resolve() for each in config.args]
+    alone = all(each.is_relative_to(SWIFT) for each in asked)
+    return True if collection_path == SWIFT and not alone else None
 
 
 def until(condition: Callable[[], object], what: str = "the condition", seconds: float = 20.0) -> None:

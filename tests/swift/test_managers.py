@@ -475,7 +475,7 @@ def test_a_device_that_nobody_uses_any_more_lets_its_threads_go(directory: Path)
 
 def test_the_worker_that_used_eventlet_ends_without_a_trace(directory: Path) -> None:
     """What stock methods do there makes hubs; greenlets that outlive their thread crash the garbage collector."""
-    for _ in range(30):
+    for _ in range(10):
         server = Server(directory)
         put(server, b"content")
         server.device("d1").run(eventlet.sleep, 0.001)
