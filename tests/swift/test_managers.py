@@ -266,13 +266,24 @@ def test_every_verb(server: Server) -> None:
 # -- a hang ----------------------------------------------------------------------------------------------------------
 
 
+def hang_its_open(server: Server) -> Path:
+    """Put a FIFO in place of the file of an object: whoever opens that to read it waits for a writer.
+
+    Returns:
+        Another name of it: the first worker that goes on finds that it is no file, and moves the object away.
+    """
+    put(server, b"content")
+    path, fifo = data_file(server), server.directory / "fifo"
+    path.unlink()
+    os.mkfifo(fifo)
+    path.hardlink_to(fifo)
+    return fifo
+
+
 @pytest.fixture
 def fifo(server: Server) -> Iterator[Path]:
-    """An object that hangs when it is opened: there is a FIFO in place of its file."""
-    put(server, b"content")
-    path = data_file(server)
-    path.unlink()
-    os.mkfifo(path)
+    """An object that hangs when it is opened."""
+    path = hang_its_open(server)
     yield path
     # Whoever waits to open it for reading goes on with that.
     until(lambda: _nobody_waits(server, path), "the workers to return")
@@ -299,10 +310,7 @@ def test_a_missed_deadline_is_503_and_holds_up_nobody(server: Server, fifo: Path
 def test_slots_are_a_bound_and_so_is_the_line(directory: Path) -> None:
     limits = {"diskread_deadline": "20", "diskread_threads": "2", "diskread_queue": "1"}
     server = Server(directory, limits)
-    put(server, b"content")
-    path = data_file(server)
-    path.unlink()
-    os.mkfifo(path)
+    path = hang_its_open(server)
     asked = [eventlet.spawn(server.ask, "GET", "d1/0/a/c/o") for _ in range(3)]
     until(lambda: server.device("d1").disk.status.load.waiting == 1, "two to hang and one to wait")
     before = threading.active_count()
