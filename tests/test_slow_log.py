@@ -42,6 +42,18 @@ def test_what_is_stuck_is_logged_when_it_becomes_stuck_and_again_when_it_ends(li
     ]
 
 
+def test_what_is_no_read_has_no_bytes(lines: pytest.LogCaptureFixture) -> None:
+    log = SlowLog("d1", 1.0)
+    log.finished(b"file", 0, queue=0.25, disk=1.0, stuck=False, now=0.0)
+    log.stuck(b"file", 0, queue=0.5, disk=9.5, now=0.0)
+    log.finished(b"file", 0, queue=0.5, disk=60.0, stuck=True, now=50.0)
+    assert lines.messages == [
+        "d1/file slow: 0.250 s in the queue, 1.000 s at the disk",
+        "d1/file stuck: 0.500 s in the queue, 9.500 s at the disk so far",
+        "d1/file was stuck and is back after 60.000 s at the disk",
+    ]
+
+
 def test_what_was_stuck_is_logged_at_its_end_even_when_it_was_not_slow(lines: pytest.LogCaptureFixture) -> None:
     SlowLog("d1", math.inf).finished(b"file", 4096, queue=0.0, disk=0.1, stuck=True, now=0.0)
     assert len(lines.messages) == 1

@@ -27,7 +27,7 @@ class SlowRead:
         disk: Name of the disk.
         path: Path of the file, with everything unprintable escaped; None for an operation without one.
         kind: "slow": it is over; "stuck": it has missed its deadline and is not over; "back": it was stuck and is over.
-        bytes: Bytes that it read; for "stuck" those that it asked for.
+        bytes: Bytes that it read; for "stuck" those that it asked for. 0 for what is no read: an open, `Disk.run`.
         queue: Seconds that it waited for a slot.
         seconds: Seconds at the disk, for "stuck" those so far.
         left_out: How many lines of this disk were left out before this one, to keep the log short.
@@ -99,11 +99,12 @@ class SlowLog:
 
 def _line(read: SlowRead) -> str:
     where = read.disk if read.path is None else f"{read.disk}/{read.path}"
+    size = f"{read.bytes} bytes" if read.bytes else ""
+    asked, brought = size and f"{size} asked for, ", size and f": {size}"
     what = {
-        "slow": f"slow: {read.bytes} bytes, {read.queue:.3f} s in the queue, {read.seconds:.3f} s at the disk",
-        "stuck": f"stuck: {read.bytes} bytes asked for, {read.queue:.3f} s in the queue, "
-        f"{read.seconds:.3f} s at the disk so far",
-        "back": f"was stuck and is back: {read.bytes} bytes after {read.seconds:.3f} s at the disk",
+        "slow": f"slow: {size and f'{size}, '}{read.queue:.3f} s in the queue, {read.seconds:.3f} s at the disk",
+        "stuck": f"stuck: {asked}{read.queue:.3f} s in the queue, {read.seconds:.3f} s at the disk so far",
+        "back": f"was stuck and is back{brought} after {read.seconds:.3f} s at the disk",
     }[read.kind]
     unsaid = f" ({read.left_out} lines like this one were left out)" if read.left_out else ""
     return f"{where} {what}{unsaid}"
