@@ -10,7 +10,8 @@ extensions = [
     Extension(
         f"diskread.{name}",
         [f"src/diskread/{name.replace('.', '/')}.pyx"],
-        depends=["src/diskread/_page_cache.h"],
+        depends=["src/diskread/_open_cached.h", "src/diskread/_page_cache.h"],
+        include_dirs=["src/diskread"],
         extra_compile_args=["-O2", "-Wall", "-Wextra", *os.environ.get("DISKREAD_CFLAGS", "").split()],
         extra_link_args=os.environ.get("DISKREAD_LDFLAGS", "").split(),
     )

@@ -36,10 +36,9 @@ cdef extern from *:
     #include <sys/uio.h>
     #include <unistd.h>
 
-    /* Stable kernel ABI (linux/openat2.h, linux/mman.h, linux/fs.h), spelled out for older build machines. */
-    #ifndef SYS_openat2
-    #define SYS_openat2 437
-    #endif
+    #include "_open_cached.h"
+
+    /* Stable kernel ABI (linux/mman.h, linux/fs.h), spelled out for older build machines. */
     #ifndef RWF_NOWAIT
     #define RWF_NOWAIT 0x00000008
     #endif
@@ -47,16 +46,9 @@ cdef extern from *:
     #define AT_STATX_DONT_SYNC 0x4000
     #endif
 
-    struct diskread_cached_how { uint64_t flags; uint64_t mode; uint64_t resolve; };
-    #define DISKREAD_CACHED_RESOLVE (0x01 | 0x02 | 0x08 | 0x20) /* NO_XDEV | NO_MAGICLINKS | BENEATH | CACHED */
-
-    static int diskread_open_cached(int directory, const char *path, int flags) {
-        struct diskread_cached_how how = {
-            .flags = (uint64_t)(O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | flags),
-            .mode = 0,
-            .resolve = DISKREAD_CACHED_RESOLVE,
-        };
-        return (int)syscall(SYS_openat2, directory, path, &how, sizeof how);
+    static int diskread_open_beneath(int directory, const char *path, int flags) {
+        flags |= O_RDONLY | O_NONBLOCK | O_NOCTTY;
+        return diskread_open_cached(directory, path, flags, DISKREAD_NO_XDEV | DISKREAD_BENEATH);
     }
 
     static int diskread_statx(int descriptor, uint32_t *mode, uint64_t *device, uint64_t *inode, int64_t *size,
@@ -95,7 +87,7 @@ cdef extern from *:
 
     static int diskread_cached_is_regular(uint32_t mode) { return S_ISREG(mode); }
     """
-    int open_file "diskread_open_cached"(int directory, const char *path, int flags) nogil
+    int open_file "diskread_open_beneath"(int directory, const char *path, int flags) nogil
     int stat_file "diskread_statx"(int descriptor, uint32_t *mode, uint64_t *device, uint64_t *inode, int64_t *size,
                                    int64_t *mtime_sec, int64_t *mtime_nsec, uint32_t *links) nogil
     ssize_t pread_now "diskread_pread_nowait"(int descriptor, char *buffer, size_t size, int64_t offset) nogil

@@ -21,6 +21,9 @@ HASH_DEADLINE = 60.0
 
 READ_SIZE = 1 << 20
 
+METADATA_CACHE = 500
+"""Objects per device; each takes one to two kilobytes."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -30,11 +33,13 @@ class Settings:
         limits: Those of each of its devices.
         hash_deadline: Seconds that hashing the suffixes of a partition may take (REPLICATE).
         read_size: Bytes that a worker reads at a time from a file that is not in the page cache.
+        metadata_cache: Objects of a device that are remembered at most; 0: none.
     """
 
     limits: Limits
     hash_deadline: float = HASH_DEADLINE
     read_size: int = READ_SIZE
+    metadata_cache: int = METADATA_CACHE
 
 
 def read_settings(conf: Mapping[str, str]) -> Settings:
@@ -48,7 +53,7 @@ def read_settings(conf: Mapping[str, str]) -> Settings:
     """
     given = {key[len(PREFIX) :]: value for key, value in conf.items() if key.startswith(PREFIX)}
     kinds = {field.name: type(getattr(Limits(), field.name)) for field in fields(Limits)}
-    own = {"hash_deadline": float, "read_size": int}
+    own = {"hash_deadline": float, "read_size": int, "metadata_cache": int}
     unknown = sorted(set(given) - set(kinds) - set(own))
     if unknown:
         known = ", ".join(sorted(PREFIX + name for name in {**kinds, **own}))
@@ -64,6 +69,8 @@ def read_settings(conf: Mapping[str, str]) -> Settings:
         raise ValueError(f"{PREFIX}hash_deadline must be a positive number of seconds, not {settings.hash_deadline}")
     if not 4096 <= settings.read_size <= 1 << 26:
         raise ValueError(f"{PREFIX}read_size must be between 4096 and {1 << 26} bytes, not {settings.read_size}")
+    if not 0 <= settings.metadata_cache <= 10**6:
+        raise ValueError(f"{PREFIX}metadata_cache must be between 0 and {10**6} objects, not {settings.metadata_cache}")
     return settings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import math
@@ -24,12 +25,15 @@ from ..disk import CLOCK, Disk
 from ..errors import DiskBusy, DiskError, DiskOffline, DiskTimeout
 from ..health import State
 from ..inline import LIMIT, Capability, capability
+from ._object import reopen_object
 from .errors import DeviceOffline, DeviceTimeout
+from .metadata_cache import MetadataCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .configuration import Settings
+    from .metadata_cache import Known
 
 Result = TypeVar("Result")
 
@@ -64,11 +68,13 @@ class Device:
         self.path = path
         self.name = name
         self.settings = settings
+        self._known = MetadataCache(settings.metadata_cache)
         self._logger = logger
         self._recon_file = recon_file
         self._home = thread_ident()
         self._disk = _MountedDisk(name, path, settings.limits, hub="eventlet")
         self._disk.on_change = partial(_changed, weakref.ref(self))
+        self._number: int | None = None  # of the file system that is mounted there: st_dev in stat(2)
         self._seen = -math.inf
         self._seen_mounted = False
         self._to_close: list[int] = []
@@ -127,6 +133,33 @@ class Device:
         self._translated(lambda: self._disk._call(call, self._disk._ends(None), self._label(about)))
         return Descriptor(self._disk, call.take_descriptor())
 
+    def reopen(self, directory: str) -> tuple[Known, Descriptor] | None:
+        """Open an object that is remembered, if it is the same and that takes no worker. Never blocks.
+
+        Args:
+            directory: The path of its directory.
+
+        Returns:
+            What is known of it, and its file, open; None if it has to be opened as if nothing were.
+        """
+        inline = self._disk._inline
+        known = self._known.get(directory) if inline.on and self.here() else None
+        if known is None:
+            return None
+        number = reopen_object(os.fsencode(directory), known.name, known.identity, inline.flags)
+        if number >= 0:
+            inline.opened()
+            return known, Descriptor(self._disk, number)
+        if number != -errno.EAGAIN:  # it is another one, or there is none
+            self._known.forget(directory)
+        inline.failed(0 if number == -errno.ESTALE else -number)
+        return None
+
+    def remember(self, directory: str, known: Known) -> None:
+        """Remember an object that was opened, where that can be of use."""
+        if self._disk._inline.on and self.settings.metadata_cache and self.here():
+            self._known.remember(directory, known)
+
     def use(self, descriptor: Descriptor, function: Callable[..., Result], *args: Any, about: str) -> Result:
         """Run a blocking call with a descriptor of the device as its first argument; see `run`."""
         if not self.here():
@@ -160,22 +193,17 @@ class Device:
             DeviceTimeout: As `run` says.
             Exception: Whatever the function raises.
         """
-        inline = self._disk._inline
         if not self.here():
             return function()
-        if not inline.open_question:
-            found = self.run(function)
-        else:
-            found, allowed = self.run(_look, function, self.path)
-            if allowed is not None:
-                inline.learn(allowed)
+        found, number, allowed = self.run(_look, function, self.path, self._number)
+        if allowed is not None:
+            # Another device than before, or the first one.
+            self._number = number
+            self._disk._inline.forget()
+            self._disk._inline.learn(allowed)
         if found:
-            self.seen(mount_check=mount_check)
+            self._seen, self._seen_mounted = CLOCK(), mount_check
         return found
-
-    def seen(self, *, mount_check: bool) -> None:
-        """It was just seen to be there, as a mount point or as a directory."""
-        self._seen, self._seen_mounted = CLOCK(), mount_check
 
     def inline_reader(self, descriptor: int, size: int) -> CachedReader | None:
         """What reads a file as far as it is in the page cache; None where that could block.
@@ -269,16 +297,21 @@ def _close_each(numbers: list[int]) -> None:
                 os.close(number)
 
 
-def _look(function: Callable[[], Result], path: str) -> tuple[Result, Capability | None]:
+def _look(
+    function: Callable[[], Result], path: str, known: int | None
+) -> tuple[Result, int | None, Capability | None]:
+    """In a worker: what the function finds; and of another file system than the known one number and capability."""
     found = function()
     if found:
         with contextlib.suppress(OSError):  # not known then: the next look asks again
             root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                return found, capability(root)
+                number = os.fstat(root).st_dev
+                if number != known:
+                    return found, number, capability(root)
             finally:
                 os.close(root)
-    return found, None
+    return found, None, None
 
 
 class _MountedDisk(Disk):

@@ -14,10 +14,13 @@ from swift.obj import diskfile
 
 from ._object import open_object
 from .errors import DeviceOffline
+from .metadata_cache import SETTLE, Known
 from .reading import LITTLE, ProtectedFile, read_at
 
 if TYPE_CHECKING:
     from .devices import Device
+
+SETTLE_NS = int(SETTLE * 1e9)
 
 FIRST_SIZE = 1 << 18
 """Bytes that the visit that opens an object brings with it, if they are in the page cache; if not, `LITTLE`."""
@@ -50,15 +53,22 @@ class FileMixin(diskfile.BaseDiskFile):
         device, stock = self.device, super().open
         if not device.here():
             return stock(modernize=modernize, current_time=current_time)
+        if not modernize and self._open_again(device, current_time):
+            return self
         first, begin = self._first, b""
+        opened: Known | None = None
 
         def visit() -> int:
-            nonlocal begin
-            found = None if modernize else open_object(os.fsencode(self._datadir), min(first, LITTLE), first)
+            nonlocal begin, opened
+            directory, needed = os.fsencode(self._datadir), min(first, LITTLE)
+            found = None if modernize else open_object(directory, needed, first, SETTLE_NS)
             if found is not None:
-                descriptor, name, metadata, checksum, begin = found
+                descriptor, name, packed, checksum, begin, identity = found
                 try:
-                    if self._take(descriptor, os.fsdecode(name), metadata, checksum, current_time):
+                    metadata = _unpacked(packed, checksum)
+                    if metadata is not None and self._take(descriptor, name, metadata, current_time):
+                        if identity is not None:
+                            opened = Known(name, identity, metadata)
                         return descriptor
                 except BaseException:
                     os.close(descriptor)
@@ -81,31 +91,59 @@ class FileMixin(diskfile.BaseDiskFile):
             return descriptor
 
         descriptor = device.open(visit, self._datadir)
-        device.seen(mount_check=self.manager.mount_check)
+        if opened is not None:
+            device.remember(self._datadir, opened)
         self._fp = ProtectedFile(device, descriptor, self._data_file, self._content_length, begin)
         return self
 
-    def _take(self, descriptor: int, name: str, metadata: bytes, checksum: bytes | None, current_time: Any) -> bool:
-        """Do what the stock method does with the only file of an object. In a worker.
+    def _open_again(self, device: Device, current_time: Any) -> bool:
+        """Open an object that is remembered. Never blocks: nothing of it touches the device.
+
+        Returns:
+            Whether it could be done.
+        """
+        found = device.reopen(self._datadir)
+        if found is None:
+            return False
+        known, descriptor = found
+        try:
+            same = self._take(descriptor.fileno(), known.name, known.metadata, current_time)
+        except BaseException:
+            device.close(descriptor)
+            raise
+        if same:
+            self._fp = ProtectedFile(device, descriptor, self._data_file, self._content_length, b"")
+        else:
+            device.close(descriptor)
+        return same
+
+    def _take(self, descriptor: int, name: bytes, metadata: dict[str, Any], current_time: Any) -> bool:
+        """Do what the stock method does with the only file of an object.
 
         Returns:
             Whether it was that simple. If not, that method has to begin anew.
         """
-        if checksum is not None and md5(metadata, usedforsecurity=False).hexdigest().encode() != checksum:
+        file_name = os.fsdecode(name)
+        self._data_file = self._get_ondisk_files([file_name], self.policy).get("data_file")
+        if self._data_file != os.path.join(self._datadir, file_name):
             return False
-        try:
-            known = diskfile._decode_metadata(unpickle(metadata, encoding="bytes"), b"_codecs\nencode" in metadata[:32])
-        except Exception:  # noqa: BLE001 - whatever it is: the stock method knows what it means
-            return False
-        self._data_file = self._get_ondisk_files([name], self.policy).get("data_file")
-        if self._data_file != os.path.join(self._datadir, name):
-            return False
-        self._datafile_metadata, self._metadata = known, dict(known)
+        self._datafile_metadata, self._metadata = dict(metadata), dict(metadata)
         if self._name is None:
-            self._name = known["name"]
+            self._name = metadata["name"]
             self._verify_name_matches_hash(self._data_file)
         self._verify_data_file(self._data_file, _Opened(descriptor), current_time)
         return True
+
+
+def _unpacked(metadata: bytes, checksum: bytes | None) -> dict[str, Any] | None:
+    """The metadata of an object; None if only the stock method can say what is wrong with them."""
+    if checksum is not None and md5(metadata, usedforsecurity=False).hexdigest().encode() != checksum:
+        return None
+    try:
+        found = diskfile._decode_metadata(unpickle(metadata, encoding="bytes"), b"_codecs\nencode" in metadata[:32])
+    except Exception:  # noqa: BLE001 - whatever it is: the stock method knows what it means
+        return None
+    return dict(found)
 
 
 def _forget_files(error: BaseException | None) -> None:

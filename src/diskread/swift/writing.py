@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from swift.common.utils import Timestamp
 from swift.obj import diskfile
 
+from .errors import DeviceOffline
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -75,6 +77,8 @@ class WriterMixin(diskfile.BaseDiskFileWriter):
         stock, stock_close = super().open, super().close
 
         def visit() -> int:
+            if not self.manager.get_dev_path(self._device.name):  # not to write below an empty mount point
+                raise DeviceOffline(f"{self._device.name} is not mounted")
             try:
                 stock()
             except BaseException:
