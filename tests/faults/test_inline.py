@@ -20,6 +20,7 @@ import pytest
 
 from diskread import Disk, DiskOffline, Limits
 from diskread.health import State
+from diskread.swift._object import open_object, reopen_object
 from tests.conftest import until
 
 from .conftest import set_up
@@ -28,6 +29,8 @@ from .injectors import Dying, drop_cached
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from .injectors import Kind
 
 Result = TypeVar("Result")
 
@@ -196,3 +199,71 @@ def test_a_fragmented_file_whose_extents_are_not_in_memory(content: Path) -> Non
                 dying.release()
         assert pauses.blocked == 0, f"the longest took {pauses.longest:.3f} s"
         until(lambda: disk.status.load.in_flight == 0)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_remembered_object_is_opened_while_its_device_hangs(kind: Kind) -> None:
+    """Whatever hangs beside it: readers of the device, and writers in its directory that wait for the journal."""
+    with set_up(Dying, empty=kind) as dying:
+        objects = [dying.root / f"object{number}" for number in range(200)]
+        for directory in objects:
+            directory.mkdir()
+            # Long names: a directory of XFS that is not all in its inode is read ahead by whoever opens it to read.
+            (directory / ("n" * 200)).write_bytes(b"content")
+            os.setxattr(directory / ("n" * 200), "user.swift.metadata", b"metadata" * 20)
+            for number in range(3):
+                (directory / f"{number}{'n' * 200}").touch()
+                (directory / f"{number}{'n' * 200}").unlink()
+        (dying.root / "cold").write_bytes(random.Random(0).randbytes(LARGE))
+        os.sync()
+        dying.remount()
+        time.sleep(0.05)  # after which a change has another time than those before
+        identities = []
+        for directory in objects:
+            found = open_object(bytes(directory), PAGE, PAGE, 0)
+            assert found is not None
+            os.close(found[0])
+            assert found[5] is not None
+            identities.append(found[5])
+        name = ("n" * 200).encode()
+        dying.hang_all()
+
+        def hang(number: int) -> None:
+            with contextlib.suppress(OSError):
+                if number % 2:
+                    with open(objects[number] / "new", "wb") as file:
+                        file.write(b"new")
+                        os.fsync(file.fileno())
+                else:
+                    descriptor = os.open(dying.root / "cold", os.O_RDONLY | os.O_DIRECT)
+                    with mmap.mmap(-1, PAGE) as block:
+                        os.preadv(descriptor, [block], number * PAGE)
+                    os.close(descriptor)
+
+        threads = [threading.Thread(target=hang, args=(number,), daemon=True) for number in range(40)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.0)
+        assert any(thread.is_alive() for thread in threads), "nothing hangs"
+        pauses, again = Pauses(), 0
+        for number in range(READS):
+            which = number % len(objects)
+            result = pauses.measure(reopen_object, bytes(objects[which]), name, identities[which], os.O_NOATIME)
+            if result >= 0:
+                again += 1
+                pauses.measure(os.close, result)
+            else:  # a directory that is being written in is not the same any more, or not known to be
+                assert which < len(threads), os.strerror(-result)
+        assert again >= READS // 2
+        assert pauses.blocked == 0, f"the longest took {pauses.longest:.3f} s"
+        with open("/proc/sys/vm/drop_caches", "w") as file:
+            file.write("2")
+        for which in range(len(objects)):
+            result = pauses.measure(reopen_object, bytes(objects[which]), name, identities[which], os.O_NOATIME)
+            if result >= 0:
+                pauses.measure(os.close, result)
+        assert pauses.blocked == 0, f"the longest took {pauses.longest:.3f} s"
+        dying.release()
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)

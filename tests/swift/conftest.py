@@ -130,3 +130,25 @@ def make_object_server(tmp_path: Path) -> Iterator[Callable[..., ObjectServer]]:
             return stack.enter_context(ObjectServer(tmp_path, *arguments))
 
         yield make
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Where a server in this process has its devices, d1 and d2."""
+    for name in ("d1", "d2"):
+        (tmp_path / name).mkdir()
+    try:
+        os.setxattr(tmp_path / "d1", "user.probe", b"x" * 1000)
+    except OSError:
+        pytest.skip("needs a file system with extended attributes for temporary files")
+    return tmp_path
+
+
+@pytest.fixture
+def policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage policies for a server in this process: 0 replicated, 1 erasure-coded."""
+    from swift.common import storage_policy
+
+    from .objects import POLICIES
+
+    monkeypatch.setattr(storage_policy, "_POLICIES", POLICIES)

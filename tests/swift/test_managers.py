@@ -18,7 +18,6 @@ pytest.importorskip("swift", reason="needs OpenStack Swift: pip install swift")
 
 import eventlet
 from eventlet import tpool
-from swift.common import storage_policy
 from swift.common.exceptions import (
     DiskFileDeviceUnavailable,
     DiskFileError,
@@ -27,8 +26,7 @@ from swift.common.exceptions import (
     PartitionLockTimeout,
     ReplicationLockTimeout,
 )
-from swift.common.storage_policy import ECStoragePolicy, StoragePolicy, StoragePolicyCollection
-from swift.common.utils import Timestamp, md5
+from swift.common.utils import md5
 from swift.obj import diskfile
 
 from diskread.swift import _object, devices, files, managers
@@ -36,12 +34,14 @@ from diskread.swift.configuration import read_settings
 from diskread.swift.errors import DeviceOffline, DeviceTimeout
 
 from .in_process import Log, Server, heartbeat
+from .objects import POLICIES, data_file, disk_file, put, quiet, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = [
+    pytest.mark.usefixtures("policies"),
     # Where it fails to open an object, Swift leaves closing its file to the interpreter.
     pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -50,77 +50,10 @@ DEADLINE = 0.3
 LATE = 5.0
 SEGMENT = 1 << 20  # bytes that are coded at a time, Swift's default
 
-POLICIES = StoragePolicyCollection(
-    [
-        StoragePolicy(0, "replicated", is_default=True),
-        ECStoragePolicy(1, "coded", ec_type="liberasurecode_rs_vand", ec_ndata=2, ec_nparity=1),
-    ]
-)
-
-
-@pytest.fixture(autouse=True)
-def policies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_policy, "_POLICIES", POLICIES)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    for name in ("d1", "d2"):
-        (tmp_path / name).mkdir()
-    try:
-        os.setxattr(tmp_path / "d1", "user.probe", b"x" * 1000)
-    except OSError:
-        pytest.skip("needs a file system with extended attributes for temporary files")
-    return tmp_path
-
 
 @pytest.fixture
 def server(directory: Path) -> Server:
     return Server(directory, {"diskread_deadline": str(DEADLINE)})
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something, while green threads go on."""
-    with eventlet.Timeout(30, RuntimeError(f"waited in vain for {what}")):
-        while not condition():
-            eventlet.sleep(0.02)
-
-
-def disk_file(server: Server, name: str = "o", policy: int = 0, device: str = "d1", **more: Any) -> Any:
-    return server.manager(policy).get_diskfile(device, "0", "a", "c", name, POLICIES[policy], **more)
-
-
-def put(server: Server, content: bytes, name: str = "o", policy: int = 0) -> None:
-    """Write an object (or a fragment archive of one) by the manager's own means."""
-    more: dict[str, Any] = {"frag_index": 1} if policy else {}
-    stamp = Timestamp.now()
-    with disk_file(server, name, policy, **more).create(size=len(content)) as writer:
-        for start in range(0, len(content), 65536):
-            writer.write(content[start : start + 65536])
-        size, etag = writer.chunks_finished()
-        assert size == len(content)
-        metadata = {
-            "X-Timestamp": stamp.internal,
-            "Content-Length": str(size),
-            "Content-Type": "text/plain",
-            "ETag": etag,
-        }
-        if policy:
-            metadata |= {"X-Object-Sysmeta-Ec-Frag-Index": "1", "X-Object-Sysmeta-Ec-Etag": etag}
-        writer.put(metadata)
-        writer.commit(stamp)
-    quiet(server)
-
-
-def quiet(server: Server, name: str = "d1") -> None:
-    """Wait until nothing is under way on a device, not even the closing of files."""
-    device = server.device(name)
-    if device.here():
-        until(lambda: not device._to_close and not device.disk.status.load.in_flight, "the device to be quiet")
-
-
-def data_file(server: Server) -> Path:
-    return next((server.directory / "d1").rglob("*.data"))
 
 
 def descriptors() -> int:

@@ -195,6 +195,7 @@ class Device:
         """
         if not self.here():
             return function()
+        found: Result
         found, number, allowed = self.run(_look, function, self.path, self._number)
         if allowed is not None:
             # Another device than before, or the first one.
@@ -297,9 +298,7 @@ def _close_each(numbers: list[int]) -> None:
                 os.close(number)
 
 
-def _look(
-    function: Callable[[], Result], path: str, known: int | None
-) -> tuple[Result, int | None, Capability | None]:
+def _look(function: Callable[[], Result], path: str, known: int | None) -> tuple[Result, int | None, Capability | None]:
     """In a worker: what the function finds; and of another file system than the known one number and capability."""
     found = function()
     if found:
