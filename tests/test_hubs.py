@@ -1,4 +1,4 @@
-"""What a disk promises, on every event loop that it can live in: the same tests for all of them."""
+"""What a disk promises, on every event loop that it can live in, and to plain threads: the same tests for all."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from diskread import threads
     from diskread.hubs import Spawned
 
     from .conftest import RunScript
+
+    AnyDisk = Disk | threads.Disk
 
 Result = TypeVar("Result")
 
@@ -115,9 +118,61 @@ class World:
             gevent.spawn(whole).get()
 
 
-@pytest.fixture(params=NAMES)
-def name(request: pytest.FixtureRequest) -> HubName:
-    found: HubName = request.param
+class Attempt:
+    """A function that runs in a native thread of its own."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._result: Any = None
+        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable[..., Any]) -> None:
+        self._result = function()
+
+    def get(self) -> Any:
+        self._thread.join(LONG)
+        assert not self._thread.is_alive(), "it never came"
+        return self._result
+
+
+class Threads(World):
+    """No event loop: native threads, and the disks of `diskread.threads`."""
+
+    def disk(self, name: str = "d1", root: Path | None = None, **limits: Any) -> Any:
+        from diskread import threads
+
+        disk = threads.Disk(name, root, Limits(**{**TINY, "engine": self._engine, **limits}))
+        self._disks.append(disk)  # type: ignore[arg-type]
+        return disk
+
+    def spawn(self, function: Callable[..., Any], *args: Any) -> Any:
+        def attempt() -> Any:
+            try:
+                return function(*args)
+            except DiskError as error:
+                return error
+
+        return Attempt(attempt)
+
+    def sleep(self, seconds: float) -> None:
+        from diskread import threads
+
+        threads.Disk("any", None).status  # noqa: B018 - starts the loop, whose thread and descriptors stay
+        time.sleep(seconds)
+
+    def run(self, test: Callable[[World], None]) -> None:
+        try:
+            test(self)
+        finally:
+            self.pipe.release(10)  # whatever is still stuck in it
+            self.close()
+
+
+@pytest.fixture(params=[*NAMES, "threads"])
+def name(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    if found == "threads" and request.node.get_closest_marker("of_loops"):
+        pytest.skip("of loops alone")
     if found == "eventlet":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it calls itself deprecated
@@ -126,14 +181,18 @@ def name(request: pytest.FixtureRequest) -> HubName:
 
 
 @pytest.fixture(params=["threadpool", "native"])
-def world(request: pytest.FixtureRequest, name: HubName) -> World:
-    return World(name, request.param)
+def world(request: pytest.FixtureRequest, name: str) -> World:
+    return new_world(name, request.param)
+
+
+def new_world(name: str, engine: Literal["threadpool", "native"]) -> World:
+    return Threads(name, engine) if name == "threads" else World(name, engine)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays(name: HubName) -> Iterator[None]:
+def nothing_stays(name: str) -> Iterator[None]:
     """No descriptor and no thread is left behind."""
-    hubs_own = World(name, "threadpool")
+    hubs_own = new_world(name, "threadpool")
     hubs_own.run(lambda world: world.sleep(0))  # the loop opens its own descriptors now
     before = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
     yield
@@ -216,6 +275,7 @@ def test_stuck_calls_use_up_no_more_than_their_slots(world: World) -> None:
     world.run(test)
 
 
+@pytest.mark.of_loops
 def test_who_is_killed_leaves_at_once_and_the_slot_comes_back(world: World) -> None:
     def test(world: World) -> None:
         disk = world.disk()
@@ -231,6 +291,7 @@ def test_who_is_killed_leaves_at_once_and_the_slot_comes_back(world: World) -> N
     world.run(test)
 
 
+@pytest.mark.of_loops
 def test_who_waits_in_line_and_is_killed_never_starts(world: World) -> None:
     def test(world: World) -> None:
         disk = world.disk()
@@ -280,6 +341,7 @@ def test_many_at_once(world: World) -> None:
     world.run(test)
 
 
+@pytest.mark.of_loops
 def test_a_mirror_goes_on_without_the_disk_that_hangs(world: World, tmp_path: Path) -> None:
     for each in ("d1", "d2"):
         (tmp_path / each).mkdir()
@@ -301,6 +363,7 @@ def test_a_mirror_goes_on_without_the_disk_that_hangs(world: World, tmp_path: Pa
     world.run(test)
 
 
+@pytest.mark.of_loops
 def test_it_belongs_to_one_thread(world: World) -> None:
     def test(world: World) -> None:
         disk, errors = world.disk(), []
@@ -321,6 +384,7 @@ def test_it_belongs_to_one_thread(world: World) -> None:
     world.run(test)
 
 
+@pytest.mark.of_loops
 def test_the_loop_itself_must_not_wait(world: World) -> None:
     def test(world: World) -> None:
         disk, errors = world.disk(), []
@@ -379,8 +443,9 @@ PATCHED = {
 }
 
 
+@pytest.mark.of_loops
 @pytest.mark.parametrize("engine", ["threadpool", "native"])
-def test_programs_that_are_patched_or_forked(name: HubName, engine: str, run_script: RunScript) -> None:
+def test_programs_that_are_patched_or_forked(name: str, engine: str, run_script: RunScript) -> None:
     """The patches put their own in place of threads and thread numbers; a fork leaves all threads behind."""
     if name == "asyncio":
         pytest.skip("nobody patches for asyncio")

@@ -251,6 +251,7 @@ def test_slots_are_a_bound_and_so_is_the_line(directory: Path) -> None:
     assert answer.status == 503
     assert answer.seconds < LATE
     assert b"slots are taken" in answer.body
+    assert "diskread.d1.busy" in server.log.counted
     assert server.device("d1").disk.status.load.threads == 2
     assert threading.active_count() == before
     until(lambda: _nobody_waits(server, path), "the workers to return")

@@ -261,7 +261,7 @@ class Device:
             self._count("timeouts")
             raise DeviceTimeout(str(error)) from None
         except DiskBusy as error:
-            self._count("rejections")
+            self._count("busy")
             raise DeviceTimeout(str(error)) from None
         except DiskOffline as error:
             self._count("rejections")
