@@ -43,6 +43,7 @@ from benchmarks.report import (
     write,
 )
 from benchmarks.swiftload import Load, Plan, Stream, content, download
+from diskread.swift.metadata_cache import SETTLE
 from tests.faults.injectors import FaultFS, SetupError
 from tests.swift.cluster import Cluster, ObjectServer, Settings, missing, missing_diskread
 from tests.swift.processes import StartError, StillRunningError
@@ -55,6 +56,16 @@ if TYPE_CHECKING:
 
 NAME = "swift"
 OURS = "diskread, 1 worker"
+FIRST_TIME = {"diskread_metadata_cache": "0"}
+"""Settings with which diskread opens each object as if for the first time."""
+
+SERVERS = {
+    "stock": Settings(devices=1),
+    "ours": Settings(devices=1, diskread=True),
+    "first time": Settings(devices=1, diskread=True, object_server=FIRST_TIME),
+}
+"""What the price is measured with: object servers alone, of one worker each."""
+
 ROWS = {
     "stock, 1 worker": Settings(),
     "stock, 4 workers": Settings(workers=4),
@@ -132,29 +143,27 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
-    """Downloads of one cached object, one after another, straight from the object server; one entry for each round.
+    """Downloads of one cached object, one after another, straight from the object server.
 
     Attributes:
         size: Bytes of the object.
         clients: How many downloaded at a time.
-        stock, ours: Downloads per second.
-        stock_cpu, ours_cpu: CPU seconds of the object server per download.
+        rates: Downloads per second of each of SERVERS; one entry for each round.
+        cpu: CPU seconds of the object server per download, the same way.
     """
 
     size: int
     clients: int
-    stock: list[float]
-    ours: list[float]
-    stock_cpu: list[float]
-    ours_cpu: list[float]
+    rates: dict[str, list[float]]
+    cpu: dict[str, list[float]]
 
-    def ratio(self) -> Spread:
-        """Ours against stock, round by round."""
-        return spread([ours / stock for ours, stock in zip(self.ours, self.stock, strict=True)])
+    def ratio(self, server: str) -> Spread:
+        """A server's rate against stock, round by round."""
+        return spread([ours / stock for ours, stock in zip(self.rates[server], self.rates["stock"], strict=True)])
 
-    def ratio_of_cpu(self) -> Spread:
+    def ratio_of_cpu(self, server: str) -> Spread:
         """The same of the CPU time per download."""
-        return spread([ours / stock for ours, stock in zip(self.ours_cpu, self.stock_cpu, strict=True)])
+        return spread([ours / stock for ours, stock in zip(self.cpu[server], self.cpu["stock"], strict=True)])
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,10 +212,10 @@ def configured(settings: Settings, work: Work) -> Settings:
     return dataclasses.replace(settings, node_timeout=NODE_TIMEOUT, object_server=ours)
 
 
-def run(name: str, settings: Settings, work: Work, say: Callable[[str], None]) -> Row:
+def run(name: str, settings: Settings, work: Work, say: Callable[[str], None], parent: Path | None) -> Row:
     """Measure one cluster."""
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent)))
         sick = stack.enter_context(FaultFS(max_stall=work.hang + 60))
         cluster = stack.enter_context(Cluster(directory, configured(settings, work), {"d1": sick.root}))
         stack.callback(sick.release)  # before the servers are stopped: what hangs in the kernel does not end
@@ -300,48 +309,42 @@ def phase(kind: str, name: str, answers: Sequence[Answer], begin: float, end: fl
 
 
 @contextlib.contextmanager
-def object_servers() -> Iterator[dict[str, ObjectServer]]:
-    """Two object servers alone, stock and ours, with one worker each."""
+def object_servers(parent: Path | None) -> Iterator[dict[str, ObjectServer]]:
+    """All of SERVERS, running, by name."""
     with contextlib.ExitStack() as stack:
         servers = {}
-        for name, diskread in (("stock", False), ("ours", True)):
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            servers[name] = stack.enter_context(ObjectServer(directory, Settings(devices=1, diskread=diskread)))
+        for name, settings in SERVERS.items():
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent)))
+            servers[name] = stack.enter_context(ObjectServer(directory, settings))
         yield servers
 
 
-def measure_cost(work: Work, advance: Callable[[str], None]) -> list[Cost]:
-    """Measure the price with no fault: both servers run, and take turns; who goes first alternates."""
+def measure_cost(work: Work, advance: Callable[[str], None], parent: Path | None) -> list[Cost]:
+    """Measure the price with no fault: all servers run, and take turns; each goes first as often as the others."""
     costs = []
-    with object_servers() as servers:
+    with object_servers(parent) as servers:
+        names = list(servers)
         for size in COST_SIZES:
             body = content(str(size), size)
             md5 = hashlib.md5(body, usedforsecurity=False).hexdigest()
             for server in servers.values():
                 if server.request("PUT", "d1", f"o{size}", body).status != 201:
                     raise click.ClickException(f"no object of {size} bytes: {server.object_server.log_tail()}")
+            time.sleep(SETTLE + 0.1)  # what has just changed is not remembered
             for clients in COST_CLIENTS:
-                rates: dict[str, list[float]] = {name: [] for name in servers}
-                cpu: dict[str, list[float]] = {name: [] for name in servers}
+                rates: dict[str, list[float]] = {name: [] for name in names}
+                cpu: dict[str, list[float]] = {name: [] for name in names}
                 for number in range(work.rounds + 1):
                     advance(f"{size >> 10} KiB, {clients} clients")
-                    for name in sorted(servers, reverse=bool(number % 2)):
+                    for turn in range(len(names)):
+                        name = names[(number + turn) % len(names)]
                         server, seconds = servers[name], work.round_seconds
                         used = cpu_seconds(server.object_server)
                         count = download(server.port, f"/d1/0/a/c/o{size}", size, md5, clients, seconds)
                         if number:  # the first round warms up
                             rates[name].append(count / seconds)
                             cpu[name].append((cpu_seconds(server.object_server) - used) / count)
-                costs.append(
-                    Cost(
-                        size=size,
-                        clients=clients,
-                        stock=rates["stock"],
-                        ours=rates["ours"],
-                        stock_cpu=cpu["stock"],
-                        ours_cpu=cpu["ours"],
-                    )
-                )
+                costs.append(Cost(size=size, clients=clients, rates=rates, cpu=cpu))
     return costs
 
 
@@ -373,8 +376,9 @@ def verdicts(rows: Sequence[Row], costs: Sequence[Cost], deadline: float) -> lis
     p99 = None if settled is None else settled.p99_ms
     found.append(verdict("their p99 once d1 is known to hang, ms", p99, 50))
     for cost in costs:
-        promise = f"no fault: downloads of {cost.size >> 10} KiB, {cost.clients} at a time: ours : stock"
-        found.append(Verdict(promise=promise, ratio=cost.ratio(), bound=0.95, at_most=False))
+        for server, what in (("ours", "remembered"), ("first time", "opened as if for the first time")):
+            promise = f"no fault: downloads of {cost.size >> 10} KiB, {cost.clients} at a time, {what}: ours : stock"
+            found.append(Verdict(promise=promise, ratio=cost.ratio(server), bound=0.95, at_most=False))
     return found
 
 
@@ -439,26 +443,26 @@ def tables(rows: Sequence[Row], costs: Sequence[Cost], promises: Sequence[Verdic
         table.rows.append([row.name, str(row.processes), *mib])
     found.append(table)
     if costs:
-        columns = (
-            "size",
-            "clients",
-            "stock, per s",
-            "diskread, per s",
-            "diskread : stock",
-            "CPU per GET, diskread : stock",
+        columns = ("size", "clients", "object server", "per s", ": stock", "CPU per GET : stock")
+        table = Table(
+            "No fault: cached objects, straight from the object server",
+            columns,
+            "Median [least-greatest]. First time: diskread with diskread_metadata_cache = 0, to which each object is "
+            "one that it has not been asked for before.",
         )
-        table = Table("No fault: cached objects, straight from the object server", columns, "Median [least-greatest].")
+        names = {"stock": "stock", "ours": "diskread, remembered", "first time": "diskread, first time"}
         for cost in costs:
-            table.rows.append(
-                [
-                    f"{cost.size >> 10} KiB",
-                    str(cost.clients),
-                    three_digits(statistics.median(cost.stock)),
-                    three_digits(statistics.median(cost.ours)),
-                    with_range(cost.ratio(), three_digits),
-                    with_range(cost.ratio_of_cpu(), three_digits),
-                ]
-            )
+            for server, name in names.items():
+                table.rows.append(
+                    [
+                        f"{cost.size >> 10} KiB",
+                        str(cost.clients),
+                        name,
+                        three_digits(statistics.median(cost.rates[server])),
+                        "" if server == "stock" else with_range(cost.ratio(server), three_digits),
+                        "" if server == "stock" else with_range(cost.ratio_of_cpu(server), three_digits),
+                    ]
+                )
         found.append(table)
     return found
 
@@ -471,9 +475,14 @@ def tables(rows: Sequence[Row], costs: Sequence[Cost], promises: Sequence[Verdic
 @click.option("--patience", type=click.FloatRange(1), default=30.0, help="Seconds after which a client gives up.")
 @click.option("--deadline", type=click.FloatRange(0.1), default=1.0, help="Deadline of diskread, in seconds.")
 @click.option("--rounds", type=click.IntRange(1), default=9, help="Rounds of the comparison with no fault.")
-@click.option("--round-seconds", type=click.FloatRange(0.2), default=3.0, help="Length of one, for each server.")
+@click.option("--round-seconds", type=click.FloatRange(0.2), default=2.0, help="Length of one, for each server.")
 @click.option("--rows", default=",".join(map(str, range(1, len(ROWS) + 1))), help="Which rows, by number, see below.")
 @click.option("--quick", is_flag=True, help="Short times and few rounds: to see that it works, not to quote.")
+@click.option(
+    "--directory",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where the devices are: a directory on ext4 or XFS. Default: the one for temporary files.",
+)
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, help="For swift.*.")
 def main(
     *,
@@ -487,6 +496,7 @@ def main(
     round_seconds: float,
     rows: str,
     quick: bool,
+    directory: Path | None,
     output: Path,
 ) -> None:
     """Measure Swift as it comes and with diskread while a device hangs, and with no fault.
@@ -528,14 +538,14 @@ def main(
                 def say(what: str, name: str = name) -> None:
                     progress.update(task, description=f"{name}: {what}")
 
-                measured.append(run(name, settings, work, say))
+                measured.append(run(name, settings, work, say, directory))
                 progress.advance(task)
             if with_cost:
 
                 def advance(what: str) -> None:
                     progress.update(task, description=f"no fault: {what}", advance=1)
 
-                costs = measure_cost(work, advance)
+                costs = measure_cost(work, advance, directory)
     except (SetupError, StartError, StillRunningError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
     report = Report(
