@@ -1,7 +1,7 @@
 # make demo   see it: virtual environment, install, demo
 # make test   the whole test-suite
 # make page   the tests of the server's page, in headless Chromium
-# make bench  the benchmarks, some 11 minutes; bench-gil, bench-hotpath, ... one of them
+# make bench  the benchmarks, some 13 minutes; bench-gil, bench-hotpath, ... one of them
 # make seedtable  the table of the original experiment: ten languages beside diskread; as root, half an hour
 # make dist   source distribution and wheel, built and checked
 # make docs   the documentation, in build/docs
@@ -13,7 +13,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/
 EXTENSION = setup.py pyproject.toml $(wildcard src/diskread/*.h src/diskread/*.pyx src/diskread/*.pxd src/diskread/swift/*.pyx)
 
-BENCHMARKS = gil hotpath coldread busyhub http_files
+BENCHMARKS = gil hop hotpath coldread busyhub http_files
 
 .PHONY: demo test page docs coverage bench seedtable $(BENCHMARKS:%=bench-%) lint sanitize soak dist clean prerequisites
 

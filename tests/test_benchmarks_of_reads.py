@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from benchmarks import busyhub, coldread, hotpath, http_files, report
+from benchmarks import busyhub, coldread, hop, hotpath, http_files, report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +33,19 @@ def check_text(name: str, output: Path, printed: str, tables: Sequence[report.Ta
         assert str(output) not in written
         assert str(ROOT) not in written
     assert not (output / f"{name}.png").exists()
+
+
+def test_hop(tmp_path: Path) -> None:
+    done = run("hop", "--rounds", "1", "--window", "0.01", "--concurrency", "1,3", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = msgspec.json.decode((tmp_path / "hop.json").read_bytes(), type=hop.Report)
+    loops = {each for each in hop.PEERS if each not in found.environment.missing}
+    assert {"gevent", "asyncio", "threads"} <= loops
+    assert {(cell.loop, cell.callers) for cell in found.cells} == {
+        (loop, callers) for loop in loops for callers in (1, 3)
+    }
+    assert all(min(cell.ours_us + cell.peer_us) > 0 for cell in found.cells)
+    check_text("hop", tmp_path, done.stdout, hop.tables(found))
 
 
 def test_hotpath(tmp_path: Path) -> None:
@@ -135,6 +148,7 @@ Requests/sec:    900.00
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
+        ("hop", ["--rounds", "0"], "rounds"),
         ("hotpath", ["--concurrency", "one"], "try 1,4,16"),
         ("coldread", ["--depths", "0"], "1 to 1024"),
         ("http_files", ["--seconds", "0"], "1<=x<=60"),

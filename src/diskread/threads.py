@@ -16,7 +16,7 @@ import atexit
 import math
 import os
 import threading
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import disk as _disk
 from .disk import FIRST_CHUNK
@@ -201,21 +201,38 @@ class _Loop:
         if self._thread is threading.current_thread():
             raise RuntimeError("the thread that all disks of diskread.threads share must not wait for one of them")
 
-        async def outcome() -> tuple[Result, None] | tuple[None, BaseException]:
-            try:
-                return await run(function, *args, **kwargs), None
-            except BaseException as error:  # noqa: BLE001  # SystemExit, too, is the caller's and does not end the loop
-                return None, error
+        outcome: list[Result] = []
+        errors: list[BaseException] = []
+        task: list[asyncio.Task[None]] = []
+        over = threading.Lock()
+        over.acquire()  # released by whoever has the outcome: a concurrent.futures.Future would cost twice as much
 
-        future = asyncio.run_coroutine_threadsafe(outcome(), loop)
+        async def attempt() -> None:
+            try:
+                outcome.append(await run(function, *args, **kwargs))
+            except BaseException as error:  # noqa: BLE001  # SystemExit, too, is the caller's and does not end the loop
+                errors.append(error)
+            finally:
+                over.release()
+
+        def start() -> None:
+            task.append(loop.create_task(attempt()))
+
+        def cancel() -> None:
+            task[0].cancel()
+
+        loop.call_soon_threadsafe(start)
         try:
-            result, error = future.result()
+            over.acquire()
         except BaseException:  # of a signal handler: nobody waits any more
-            future.cancel()
+            loop.call_soon_threadsafe(cancel)
             raise
-        if error is not None:
-            raise error
-        return cast("Result", result)
+        try:
+            if errors:
+                raise errors[0]
+            return outcome[0]
+        finally:
+            errors.clear()  # or the error and its traceback would have each other
 
     def _running(self) -> asyncio.AbstractEventLoop:
         with self._lock:
