@@ -468,10 +468,10 @@ def tables(rows: Sequence[Row], costs: Sequence[Cost], promises: Sequence[Verdic
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--lead", type=click.FloatRange(2), default=15.0, help="Seconds before, and again after, the hang.")
+@click.option("--lead", type=click.FloatRange(2), default=30.0, help="Seconds before, and again after, the hang.")
 @click.option("--hang", type=click.FloatRange(2), default=40.0, help="Seconds of hang.")
 @click.option("--get-rate", type=click.FloatRange(0.5, 100), default=10.0, help="GETs per second, of each kind.")
-@click.option("--put-rate", type=click.FloatRange(0.5, 100), default=3.0, help="PUTs per second, of each kind.")
+@click.option("--put-rate", type=click.FloatRange(0.5, 100), default=6.0, help="PUTs per second, of each kind.")
 @click.option("--patience", type=click.FloatRange(1), default=30.0, help="Seconds after which a client gives up.")
 @click.option("--deadline", type=click.FloatRange(0.1), default=1.0, help="Deadline of diskread, in seconds.")
 @click.option("--rounds", type=click.IntRange(1), default=9, help="Rounds of the comparison with no fault.")
